@@ -1,0 +1,89 @@
+# bdtrain: every target sets up .venv by itself when it is missing or stale.
+#
+#   PYTHON=python3.12 make test       another Python (3.11 or 3.12)
+#   TORCH=cpu|cuda|installed          which torch; default: cuda where nvidia-smi is, else cpu; kept once chosen
+#   TORCH_INDEX_URL=URL               an index that offers torch's CPU builds, where pip's settings know none
+#   INPUT=path                        text for make quickstart: a file or a folder
+#   ARGS="-k name -x"                 more arguments for pytest
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check fmt fmt-check lint types test-unit test-dist test-kernels test-e2e bench clean \
+	env-run env-dev
+
+TORCH ?= auto
+INPUT ?=
+ARGS ?=
+PY := .venv/bin/python
+
+# Spinning threads of OpenMP make two processes on two cores many times slower; no extension is ever compiled.
+export OMP_WAIT_POLICY := passive
+export DS_BUILD_OPS := 0
+
+# A .venv keeps its Python. Others are tried by running them: a version manager leaves names on the path that fail when called.
+define FIND_PYTHON
+fits() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }; \
+found=; \
+for candidate in $(if $(PYTHON),"$(PYTHON)",.venv/bin/python python3.11 python3.12 python3 python); do \
+	if fits "$$candidate"; then found="$$candidate"; break; fi; \
+done; \
+if [ -z "$$found" ]; then \
+	echo "bdtrain needs Python 3.11 or 3.12 with its venv module; found: $$($(if $(PYTHON),"$(PYTHON)",python3) --version 2>&1 | head -1)." \
+		"Install one and name it: PYTHON=python3.11 make $(or $(firstword $(MAKECMDGOALS)),help)" >&2; \
+	exit 2; \
+fi
+endef
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+env-run:
+	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)"
+
+env-dev:
+	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)" --extras dev,ray
+
+quickstart: env-run ## from text to a trained, evaluated model in minutes (INPUT=path for your own text)
+	$(PY) tools/quickstart.py $(if $(INPUT),--input "$(INPUT)")
+
+# One pytest for all folders that exist, so that one summary counts everything.
+TEST_FOLDERS = $(wildcard tests/unit tests/kernels tests/distributed tests/e2e tests/reliability)
+
+test: env-dev ## all tests
+	$(PY) -m pytest $(TEST_FOLDERS) $(ARGS)
+
+check: fmt-check lint types test ## format, lint, types, import layers, tests
+
+fmt: env-dev ## rewrite the format
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix-only --quiet .
+
+fmt-check: env-dev
+	$(PY) -m ruff format --check .
+
+lint: env-dev ## ruff, generated files, import layers
+	$(PY) -m ruff check .
+	$(PY) tools/config_reference.py --check
+	$(PY) -m pytest -q tests/unit/test_import_layers.py
+
+types: env-dev ## mypy
+	$(PY) -m mypy
+
+test-unit: env-dev ## tests without processes
+	$(PY) -m pytest tests/unit $(ARGS)
+
+test-dist: env-dev ## tests with several ranks
+	$(PY) -m pytest tests/distributed $(ARGS)
+
+test-kernels: env-dev ## kernels against their reference
+	$(PY) -m pytest tests/kernels $(ARGS)
+
+test-e2e: env-dev ## the launchers on tiny configs
+	$(PY) -m pytest tests/e2e $(ARGS)
+
+bench: env-dev ## time of a training step against a twin of the published computation
+	$(PY) tools/bench/train_step.py $(ARGS)
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Folders on disk that are either complete and verified or not there."""

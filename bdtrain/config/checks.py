@@ -1,0 +1,292 @@
+"""Rules that join settings. Each returns every breach it finds, so that a user sees all of them at once.
+
+Two kinds: values that do not fit each other (``find_conflicts``), and values that were given but would have no effect
+(``find_ignored``): nothing a user writes is skipped in silence. An off switch is no breach (``validation.sample_tokens=0``
+leaves the other sample settings dormant).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdtrain.config.problems import Problem, section_type
+from bdtrain.config.schema import RunConfig, Section
+from bdtrain.errors import ConfigError
+
+SHARE_TOLERANCE = 1e-9
+"""Slack when k / block_size is compared with a bound: 0.3 * 10 is not 3 in binary."""
+
+
+def find_conflicts(config: RunConfig) -> list[Problem]:
+    """Breaches of the rules between settings, all of them."""
+    rules = (_model, _data, _blocks, _clip_range, _optim, _batches)
+    return [problem for rule in rules for problem in rule(config)]
+
+
+def find_ignored(config: RunConfig) -> list[Problem]:
+    """Settings that were given although the rest of the configuration leaves them without effect."""
+    problems = []
+    for key, reason in without_effect(config).items():
+        owner, name = _owner(config, key)
+        # null gives nothing, so nothing is ignored.
+        if name in owner.model_fields_set and getattr(owner, name) is not None:
+            message = f"{key} would be ignored: {reason.text}; remove it, or take it back with {key}=null"
+            problems.append(Problem((key, reason.switch), message))
+    return problems
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a setting has no effect.
+
+    Attributes:
+        switch: dotted key of the setting that decides it.
+        text: for the user.
+    """
+
+    switch: str
+    text: str
+
+
+def without_effect(config: RunConfig) -> dict[str, Reason]:
+    """Settings that have no effect in this configuration, with the reason.
+
+    ``dump_resolved`` leaves them out, so that a dumped configuration loads again.
+    """
+    data, diffusion, optim, validation = config.data, config.diffusion, config.optim, config.validation
+    table: dict[str, Reason] = {}
+
+    def ignore(switch: str, text: str, *keys: str) -> None:
+        for key in keys:
+            table.setdefault(key, Reason(switch, f"{switch} is {text}"))
+
+    if data.kind == "corpus":
+        ignore("data.kind", "corpus", "data.synthetic_vocab_size", "data.synthetic_tokens")
+    else:
+        ignore("data.kind", "synthetic", "data.path", "data.window_shards", "data.lanes", "data.on_corrupt")
+    if diffusion.algo == "ar":
+        plan = [f"diffusion.plan.{name}" for name in type(diffusion.plan).model_fields]
+        noise = ["diffusion.schedule", "diffusion.noise_copies", *plan]
+        ignore("diffusion.algo", "ar, which draws no noise", *noise)
+        sampler = ["validation.sample_method", "validation.sample_steps"]
+        ignore("diffusion.algo", "ar, which samples token by token", *sampler)
+    if optim.schedule == "constant":
+        ignore("optim.schedule", "constant", "optim.decay_steps", "optim.min_lr_ratio")
+    elif optim.schedule == "cosine":
+        ignore("optim.schedule", "cosine, which decays over all steps after the warm-up", "optim.decay_steps")
+    if validation.sample_method in ("first_hitting", "confidence"):
+        ignore("validation.sample_method", validation.sample_method, "validation.sample_steps")
+    return table
+
+
+def validate_layout(config: RunConfig, world_size: int) -> None:
+    """Check that the run can be cut over the processes.
+
+    Args:
+        config: the run.
+        world_size: processes of the job.
+
+    Raises:
+        ConfigError: if this version cannot lay the run out so.
+    """
+    if world_size < 1:
+        raise ConfigError(f"world_size={world_size}; it must be at least 1")
+    if world_size != 1:
+        raise ConfigError(
+            f"world_size={world_size}; this version trains in one process: start it with one rank "
+            f"(deepspeed --num_gpus 1 launchers/pretrain.py ...). Run {config.run.name!r} is otherwise valid."
+        )
+
+
+def check_paths(config: RunConfig) -> None:
+    """Check that the files a run reads are there. Separate from validation: a config may be checked elsewhere.
+
+    Raises:
+        ConfigError: if the corpus is missing.
+    """
+    if config.data.kind != "corpus" or config.data.path is None:
+        return
+    folder = Path(config.data.path)
+    make_it = f"make it with: python tools/preprocess.py --input TEXT --tokenizer TOKENIZER.model --out {folder}"
+    if not folder.exists():
+        raise ConfigError(f"data.path={folder} does not exist (working directory {Path.cwd()}); {make_it}")
+    if not (folder / "index.json").is_file():
+        raise ConfigError(f"data.path={folder} holds no index.json, so it is not a finished corpus; {make_it}")
+
+
+def _owner(config: RunConfig, key: str) -> tuple[Section, str]:
+    """The section that holds a dotted key, and the key's last word."""
+    *path, name = key.split(".")
+    owner: Section = config
+    for part in path:
+        owner = getattr(owner, part)
+        assert section_type(type(owner)), key
+    return owner, name
+
+
+def _divisors(number: int, limit: int = 8) -> str:
+    """Divisors of a number as text, the largest ``limit`` of them."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
+    return ("..., " if len(divisors) > limit else "") + ", ".join(map(str, divisors[-limit:]))
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if "head_dim" not in model.model_fields_set and model.hidden_size % model.num_heads:
+        yield Problem(
+            ("model.num_heads", "model.hidden_size"),
+            f"model.num_heads={model.num_heads} does not divide model.hidden_size={model.hidden_size}; choose num_heads "
+            f"from {_divisors(model.hidden_size)} or give model.head_dim",
+        )
+    elif model.head_dim % 2:
+        yield Problem(
+            ("model.head_dim", "model.num_heads", "model.hidden_size"),
+            f"model.head_dim={model.head_dim} is odd; rotary positions turn pairs of channels, so it must be even",
+        )
+    if model.num_heads % model.num_kv_heads:
+        yield Problem(
+            ("model.num_kv_heads", "model.num_heads"),
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; choose it from "
+            f"{_divisors(model.num_heads)}",
+        )
+    if model.shape == "bd3lm" and model.num_kv_heads != model.num_heads:
+        yield Problem(
+            ("model.num_kv_heads", "model.num_heads", "model.shape"),
+            f"model.num_kv_heads={model.num_kv_heads} with model.shape=bd3lm; that shape has multi-head attention: "
+            f"leave num_kv_heads out, or choose model.shape=qwen3",
+        )
+    if model.shape == "bd3lm" and model.head_dim * model.num_heads != model.hidden_size:
+        yield Problem(
+            ("model.head_dim", "model.num_heads", "model.hidden_size", "model.shape"),
+            f"model.head_dim={model.head_dim} times model.num_heads={model.num_heads} is not model.hidden_size="
+            f"{model.hidden_size}, which model.shape=bd3lm needs; leave head_dim out",
+        )
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    data, vocab_size = config.data, config.model.vocab_size
+    if data.kind == "corpus" and data.path is None:
+        yield Problem(
+            ("data.path", "data.kind"),
+            "data.path is missing; give the corpus folder (python tools/preprocess.py makes one), or data.kind=synthetic",
+        )
+    if data.kind == "synthetic" and vocab_size is not None and vocab_size < data.synthetic_vocab_size:
+        yield Problem(
+            ("model.vocab_size", "data.synthetic_vocab_size"),
+            f"model.vocab_size={vocab_size} is smaller than data.synthetic_vocab_size={data.synthetic_vocab_size}; "
+            f"leave model.vocab_size out",
+        )
+    if data.kind == "synthetic" and data.synthetic_tokens < data.seq_len:
+        yield Problem(
+            ("data.synthetic_tokens", "data.seq_len"),
+            f"data.synthetic_tokens={data.synthetic_tokens} is less than one row of data.seq_len={data.seq_len}",
+        )
+    if data.epoch_tokens is not None and data.epoch_tokens < data.seq_len:
+        yield Problem(
+            ("data.epoch_tokens", "data.seq_len"),
+            f"data.epoch_tokens={data.epoch_tokens} is less than one row of data.seq_len={data.seq_len}",
+        )
+
+
+def _blocks(config: RunConfig) -> Iterator[Problem]:
+    algo, block_size, seq_len = config.diffusion.algo, config.diffusion.block_size, config.data.seq_len
+    keys = ("diffusion.block_size", "diffusion.algo", "data.seq_len")
+    if algo == "block_diffusion" and seq_len % block_size:
+        yield Problem(
+            keys,
+            f"diffusion.block_size={block_size} does not divide data.seq_len={seq_len}; choose it from "
+            f"{_divisors(seq_len)}",
+        )
+    if algo == "mdlm" and block_size != seq_len:
+        yield Problem(
+            keys,
+            f"diffusion.block_size={block_size} with diffusion.algo=mdlm, whose block is the row of data.seq_len={seq_len}; "
+            f"remove it (or diffusion.block_size=null), or choose algo=block_diffusion",
+        )
+    if algo == "ar" and block_size != 1:
+        yield Problem(
+            keys,
+            f"diffusion.block_size={block_size} with diffusion.algo=ar, which has no blocks; remove it "
+            f"(or diffusion.block_size=null)",
+        )
+
+
+def _clip_range(config: RunConfig) -> Iterator[Problem]:
+    diffusion, plan = config.diffusion, config.diffusion.plan
+    keys = ("diffusion.plan.clip_range",)
+    if diffusion.algo == "ar":
+        return  # the whole plan is reported as ignored
+    if plan.clip_range is None:
+        if plan.resample:
+            yield Problem(
+                (*keys, "diffusion.plan.resample"),
+                "diffusion.plan.resample=true without diffusion.plan.clip_range has nothing to hold blocks to; give a "
+                "range or remove resample",
+            )
+        return
+    beta, omega = plan.clip_range
+    if not (0 <= beta <= 1 and 0 <= omega <= 1):
+        yield Problem(keys, f"diffusion.plan.clip_range=[{beta}, {omega}] leaves [0, 1]; it bounds a probability")
+        return
+    if beta > omega or (beta == omega and beta != 1):
+        yield Problem(
+            keys,
+            f"diffusion.plan.clip_range=[{beta}, {omega}] is empty; beta must be below omega (only [1, 1], full masking, "
+            f"may be a point)",
+        )
+        return
+    if diffusion.schedule != "linear" and not diffusion.schedule.startswith("reference_"):
+        yield Problem(
+            (*keys, "diffusion.schedule"),
+            f"diffusion.plan.clip_range with diffusion.schedule={diffusion.schedule}; a range of the masking probability "
+            f"is defined for schedule=linear: use that, or clip_range=null",
+        )
+    if plan.resample:
+        yield from _resample(beta, omega, diffusion.block_size)
+
+
+def _resample(beta: float, omega: float, block_size: int) -> Iterator[Problem]:
+    """With resampling some count k of 1..block_size must have its share in the range."""
+    lowest = max(1, math.ceil(block_size * (beta - SHARE_TOLERANCE)))
+    if lowest <= block_size * (omega + SHARE_TOLERANCE):
+        return
+    wider = next((f"at least {k}/{block_size}" for k in range(1, block_size + 1) if k / block_size > beta), "1")
+    yield Problem(
+        ("diffusion.plan.clip_range", "diffusion.plan.resample", "diffusion.block_size"),
+        f"diffusion.plan.clip_range=[{beta}, {omega}] is infeasible with resample: no k of 1..{block_size} "
+        f"(diffusion.block_size) has k/{block_size} in it; raise omega to {wider}, or resample=false",
+    )
+
+
+def _optim(config: RunConfig) -> Iterator[Problem]:
+    optim, steps = config.optim, config.train.steps
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield Problem(("optim.betas",), f"optim.betas={list(optim.betas)}; both must be at least 0 and below 1")
+    decay = optim.decay_steps or 0
+    if optim.schedule == "wsd" and not decay:
+        yield Problem(
+            ("optim.decay_steps", "optim.schedule"),
+            f"optim.decay_steps is missing; schedule=wsd needs its length (a tenth to a fifth of train.steps={steps} is usual)",
+        )
+    if optim.schedule != "wsd":
+        decay = 0
+    if optim.warmup_steps + decay > steps:
+        parts = f"optim.warmup_steps={optim.warmup_steps}" + (f" plus optim.decay_steps={decay}" if decay else "")
+        yield Problem(
+            ("optim.warmup_steps", "optim.decay_steps", "optim.schedule", "train.steps"),
+            f"{parts} is more than train.steps={steps}; shorten it or train longer",
+        )
+
+
+def _batches(config: RunConfig) -> Iterator[Problem]:
+    train = config.train
+    if train.global_batch_size % train.micro_batch_size:
+        yield Problem(
+            ("train.micro_batch_size", "train.global_batch_size"),
+            f"train.micro_batch_size={train.micro_batch_size} does not divide train.global_batch_size="
+            f"{train.global_batch_size}; choose it from {_divisors(train.global_batch_size)}",
+        )

@@ -1,0 +1,170 @@
+"""The command line of a launcher: ``--config FILE ... key=value ... [--check] [--explain KEY]``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from bdtrain.config.checks import check_paths, validate_layout
+from bdtrain.config.estimate import count_parameters
+from bdtrain.config.explain import explain
+from bdtrain.config.loader import LoadedConfig, config_sha256, load_config
+from bdtrain.config.problems import config_error
+from bdtrain.config.schema import RunConfig
+from bdtrain.errors import ConfigError
+
+EXAMPLES = """\
+examples:
+  %(prog)s --config configs/run/quickstart.yaml
+  %(prog)s --config configs/run/quickstart.yaml optim.lr=1e-3 train.steps=500 "optim.betas=[0.9,0.95]"
+  %(prog)s --config configs/run/quickstart.yaml --check              validate and show sizes, start nothing
+  %(prog)s --config configs/run/quickstart.yaml --explain optim.lr   what it is, its value, where that came from
+  %(prog)s --explain diffusion                                       the settings of a section
+
+All settings: configs/reference.md. Defaults < bases < file < later files < overrides.
+"""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the user asked for.
+
+    Attributes:
+        loaded: the checked configuration with its origins; None after ``--help``, or ``--explain`` without a file.
+        finished: the request was answered (``--help``, ``--check``, ``--explain``): there is nothing to run.
+        local_rank: what ``--local_rank`` said; LOCAL_RANK in the environment counts instead.
+    """
+
+    loaded: LoadedConfig | None
+    finished: bool
+    local_rank: int | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration to run.
+
+        Raises:
+            ConfigError: if there is none because the request is finished.
+        """
+        if self.loaded is None:
+            raise ConfigError("no configuration was given; add --config FILE")
+        return self.loaded.config
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with its errors in our form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def parse_command_line(arguments: Sequence[str], description: str) -> CommandLine:
+    """Read the arguments of a launcher, and answer ``--help``, ``--check`` and ``--explain`` on the first rank.
+
+    Nothing but the configuration is touched: no torch, no process group, no device.
+
+    Args:
+        arguments: without the program's name.
+        description: what the launcher does, for ``--help``.
+
+    Returns:
+        The request; look at ``finished`` first.
+
+    Raises:
+        ConfigError: listing everything that is wrong. Print it on the first rank only.
+    """
+    parser = _parser(description)
+    options, rest = parser.parse_known_args(list(arguments))
+    if options.help:
+        _print(parser.format_help())
+        return CommandLine(None, finished=True)
+    _refuse_options(parser, rest)
+    # argparse leaves overrides that stand between options to "rest".
+    overrides = [*options.overrides, *rest]
+    if options.explain is not None and not options.config and not overrides:
+        _print(explain(options.explain, None))
+        return CommandLine(None, finished=True, local_rank=options.local_rank)
+    if not options.config:
+        raise ConfigError("no configuration was given; add --config FILE, for example configs/run/quickstart.yaml")
+    loaded = load_config(options.config, overrides)
+    if options.explain is not None:
+        _print(explain(options.explain, loaded))
+    if options.check:
+        validate_layout(loaded.config, _environment_int("WORLD_SIZE", 1))
+        check_paths(loaded.config)
+        _print(summarise(loaded.config))
+    finished = bool(options.check or options.explain is not None)
+    return CommandLine(loaded, finished=finished, local_rank=options.local_rank)
+
+
+def summarise(config: RunConfig) -> str:
+    """A few lines on the size of a run, by arithmetic."""
+    model, data, train, diffusion = config.model, config.data, config.train, config.diffusion
+    vocab = model.vocab_size or (data.synthetic_vocab_size if data.kind == "synthetic" else None)
+    layers = count_parameters(model, vocab or 1).layers
+    if vocab:
+        size = f"{count_parameters(model, vocab).total:,} parameters, {layers:,} of them not embedding or head"
+    else:
+        size = f"{layers:,} parameters, plus embedding and head of the corpus' vocabulary"
+    blocks = f", blocks of {diffusion.block_size} tokens" if diffusion.algo == "block_diffusion" else ""
+    rows = f"{train.global_batch_size} rows x {data.seq_len} tokens"
+    return "\n".join(
+        [
+            f"configuration is valid: {config.run.name}  (sha256 {config_sha256(config)[:12]})",
+            f"  objective  {diffusion.algo}{blocks}",
+            f"  model      {model.shape}, {model.num_layers} layers x {model.hidden_size} channels: {size}",
+            f"  step       {rows} = {config.tokens_per_step:,} tokens",
+            f"  run        {train.steps:,} steps = {config.tokens_per_step * train.steps:,} tokens, into {config.run.folder}",
+        ]
+    )
+
+
+def _parser(description: str) -> _Parser:
+    parser = _Parser(
+        description=description,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    parser.add_argument(
+        "--config", action="append", metavar="FILE", help="YAML file of the run; repeat it, later files win"
+    )
+    parser.add_argument("--check", action="store_true", help="validate and print the sizes; start nothing")
+    parser.add_argument("--explain", metavar="KEY", help="what a setting is, its value and where that came from")
+    # DeepSpeed's launcher inserts it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the files")
+    return parser
+
+
+def _refuse_options(parser: _Parser, rest: Sequence[str]) -> None:
+    """Refuse options that do not exist, all of them, each with the nearest one."""
+    known = [option for action in parser._actions for option in action.option_strings if action.help != argparse.SUPPRESS]
+    problems = []
+    for text in rest:
+        if text.startswith("-"):
+            name, _, value = text.partition("=")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            if "." in name:
+                hint = f"settings are given without dashes: {name.lstrip('-')}={value or 'VALUE'}"
+            problems.append(f"{name} is not an option; {hint}")
+    if problems:
+        raise config_error(problems)
+
+
+def _print(text: str) -> None:
+    """Print on the first rank only: the others have nothing new to say."""
+    if _environment_int("RANK", 0) == 0:
+        print(text.rstrip("\n"), flush=True)
+
+
+def _environment_int(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else default

@@ -1,0 +1,1 @@
+"""The mathematics of block diffusion on plain tensors: one process, any device."""

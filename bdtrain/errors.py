@@ -1,0 +1,49 @@
+"""The exception family of bdtrain: every message a user can meet starts from here.
+
+A message says what was found, what is allowed and what to do. ``exit_code`` is what a launcher returns to the
+shell, so that a supervisor can tell a mistake in the configuration from a fault of the data or of the run.
+"""
+
+from __future__ import annotations
+
+
+class BdtrainError(Exception):
+    """Base of every error that bdtrain raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(BdtrainError):
+    """The configuration is wrong; raised before any process group or device is touched.
+
+    Args:
+        message: text for the user, all problems at once, one per line.
+    """
+
+    exit_code = 3
+
+
+class ShapeError(BdtrainError, ValueError):
+    """Tensors or sizes that must agree do not."""
+
+
+class DataError(BdtrainError):
+    """Text, shards or an index cannot be used as they are."""
+
+    exit_code = 6
+
+
+class TokenizerError(DataError):
+    """A tokenizer model is missing, damaged or not the one that made the corpus."""
+
+
+class CheckpointError(BdtrainError):
+    """A checkpoint is missing, damaged or does not fit the model."""
+
+    exit_code = 7
+
+
+class NonFiniteError(BdtrainError):
+    """Loss or gradients were not finite for too many steps in a row."""
+
+    exit_code = 4

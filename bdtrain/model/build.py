@@ -1,0 +1,77 @@
+"""From the configuration to an initialised model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bdtrain.errors import ConfigError
+from bdtrain.model.config import build_transformer_config
+from bdtrain.model.init import initialise_parameters
+from bdtrain.model.transformer import TwoStreamTransformer
+
+if TYPE_CHECKING:
+    from bdtrain.config import ModelConfig
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    pg_collection: Any,
+    mask_id: int,
+    vocab_size: int | None = None,
+    seed: int = 1234,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention_backend: str | None = None,
+    **overrides: Any,
+) -> TwoStreamTransformer:
+    """Build this rank's part of the model, with its initial weights.
+
+    Args:
+        model: the ``model`` section of the run configuration.
+        pg_collection: process groups; the part follows from its ``tp`` and ``pp``.
+        mask_id: id of [MASK].
+        vocab_size: tokens of the vocabulary, in place of ``model.vocab_size``.
+        seed: of the run; the same on every rank.
+        dtype: type of the parameters.
+        device: where they live.
+        attention_backend: in place of ``model.attention_backend``.
+        **overrides: further fields of Megatron's TransformerConfig.
+
+    Raises:
+        ConfigError: if sizes do not fit, or no vocabulary size is known.
+    """
+    size = vocab_size or model.vocab_size
+    if size is None:
+        raise ConfigError(
+            "the size of the vocabulary is unknown; take it from the tokenizer, or set model.vocab_size"
+        )
+    tp, pp = pg_collection.tp, pg_collection.pp
+    config = build_transformer_config(
+        model,
+        vocab_size=size,
+        mask_id=mask_id,
+        dtype=dtype,
+        tensor_parallel=tp.size(),
+        pipeline_parallel=pp.size(),
+        attention_backend=attention_backend,
+        **overrides,
+    )
+    built = TwoStreamTransformer(
+        config,
+        pg_collection=pg_collection,
+        pre_process=pp.rank() == 0,
+        post_process=pp.rank() == pp.size() - 1,
+    )
+    _check_marks(built)
+    initialise_parameters(built, seed=seed)
+    return built.to(device)
+
+
+def _check_marks(model: TwoStreamTransformer) -> None:
+    """Assert that each split parameter says so: gradient norms and shards depend on the attribute."""
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "partition_dim", -1) >= 0:
+            assert getattr(parameter, "tensor_model_parallel", False), f"{name} is split but not marked"

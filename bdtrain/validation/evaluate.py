@@ -1,0 +1,270 @@
+"""Evaluation as a run and a launcher use it: the reported objective, held-out rows, samples, saved models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bdtrain.checkpoint.weights import SavedModel, open_model
+from bdtrain.config import DataConfig, RunConfig
+from bdtrain.data.build import build_source
+from bdtrain.data.loader import ValidationSet
+from bdtrain.data.source import Row, Source
+from bdtrain.data.text_source import TextSource
+from bdtrain.data.tokenizer import Tokenizer, TokenizerInfo
+from bdtrain.diffusion.objectives.base import Objective
+from bdtrain.diffusion.objectives.build import make_objective
+from bdtrain.diffusion.plan import NoisePlan, evaluation_plan
+from bdtrain.errors import DataError, TokenizerError
+from bdtrain.model.build import build_model
+from bdtrain.model.weights import load_full_state
+from bdtrain.parallel.groups import Launch, init_groups, prepare_deepspeed
+from bdtrain.validation.baselines import Baselines, measure_baselines
+from bdtrain.validation.likelihood import Likelihood, evaluate_likelihood
+
+BASELINE_TOKENS = 50_000_000
+"""Training tokens that the unigram and bigram models are fitted on at most."""
+
+
+def build_objective(config: RunConfig, info: TokenizerInfo, plan: NoisePlan | None) -> Objective:
+    """The objective of a run under some noise plan."""
+    return make_objective(
+        config.diffusion.algo,
+        plan=plan,
+        mask_id=info.mask_id,
+        vocab_size=info.vocab_size,
+        seq_len=config.data.seq_len,
+        isolate_documents=config.data.documents == "isolate",
+    )
+
+
+def training_plan(config: RunConfig) -> NoisePlan | None:
+    """The noise plan of training; None for AR, which has no noise."""
+    if config.diffusion.algo == "ar":
+        return None
+    plan = config.diffusion.plan
+    return NoisePlan(
+        config.diffusion.block_size,
+        kind=plan.kind,
+        schedule=config.diffusion.schedule,
+        clip_range=plan.clip_range,
+        weighting=plan.weighting,
+        resample=plan.resample,
+        strata=plan.strata,
+    )
+
+
+def reported_plan(config: RunConfig) -> NoisePlan | None:
+    """The plan of the reported bound: the full range of noise, whatever training draws; None for AR."""
+    return None if config.diffusion.algo == "ar" else evaluation_plan(config.diffusion.block_size)
+
+
+class Evaluator:
+    """Measures the model of a run on its held-out rows.
+
+    Args:
+        config: the run; ``model.vocab_size`` is set.
+        source: the held-out rows.
+        device: where the model is.
+    """
+
+    def __init__(self, config: RunConfig, source: Source, *, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._rows = ValidationSet(source, max_sequences=config.validation.sequences)
+        self._token_bytes = torch.from_numpy(source.byte_lengths) if config.data.kind == "corpus" else None
+        self._objective = build_objective(config, source.tokenizer_info, reported_plan(config))
+
+    def likelihood(self, model: nn.Module) -> Likelihood:
+        """NELBO, perplexity and bits per byte with their errors."""
+        config = self._config
+        return evaluate_likelihood(
+            model,
+            self._objective,
+            self._rows.batches(config.train.micro_batch_size),
+            seed=config.run.seed,
+            replicates=config.validation.replicates,
+            device=self._device,
+            eos_id=self._rows.tokenizer_info.eos_id,
+            token_bytes=self._token_bytes,
+            exact=config.diffusion.algo == "ar" or config.diffusion.block_size == 1,
+        )
+
+
+@dataclass(frozen=True)
+class SavedEvaluation:
+    """Evaluation of a saved model, with what it takes to repeat it.
+
+    Attributes:
+        likelihood: the numbers.
+        baselines: on the same text, None if not asked for.
+        manifest: checkpoint, text, split, tokenizer, packing and seed.
+    """
+
+    likelihood: Likelihood
+    baselines: Baselines | None
+    manifest: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        result = {**self.likelihood.to_dict(), "manifest": self.manifest}
+        if self.baselines is not None:
+            result["baselines"] = {
+                "unigram_bpb": self.baselines.unigram_bpb,
+                "bigram_bpb": self.baselines.bigram_bpb,
+                "gzip_bpb": self.baselines.gzip_bpb,
+            }
+        return result
+
+    def lines(self) -> list[str]:
+        """What the command prints."""
+        lines = [f"{self.manifest['checkpoint']} on {self.manifest['text']}", self.likelihood.describe()]
+        if self.baselines is not None:
+            lines.append(
+                f"bits/byte of the same text: unigram {self.baselines.unigram_bpb:.4f}, bigram "
+                f"{self.baselines.bigram_bpb:.4f} (fitted on the training split), gzip -9 "
+                f"{self.baselines.gzip_bpb:.4f}"
+            )
+        return lines
+
+
+def load_saved(folder: Path, *, device: torch.device | None = None) -> tuple[SavedModel, nn.Module]:
+    """Verify a model folder and build its model in this process.
+
+    Raises:
+        CheckpointError: if the folder is damaged or its weights do not fit.
+    """
+    saved = open_model(folder)
+    prepare_deepspeed()
+    groups = init_groups(Launch(0, 0, 1))
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(
+        saved.config.model,
+        pg_collection=groups,
+        mask_id=int(saved.facts["tokenizer"]["mask_id"]),
+        device=device,
+    )
+    load_full_state(model, saved.state())
+    return saved, model.eval()
+
+
+def evaluate_saved(
+    checkpoint: Path,
+    *,
+    data: Path | None = None,
+    text: Path | None = None,
+    split: str = "valid",
+    sequences: int | None = None,
+    replicates: int = 2,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    baselines: bool = False,
+) -> SavedEvaluation:
+    """Evaluate a saved model on a corpus or a text file.
+
+    Args:
+        checkpoint: model folder.
+        data: corpus folder; the run's own if None.
+        text: a UTF-8 file instead of a corpus.
+        split: of the corpus.
+        sequences: rows to use, all if None.
+        replicates: draws of the noise per row.
+        seed: of the noise; the run's if None.
+        batch_size: rows per forward pass; the run's micro-batch if None.
+        baselines: also unigram, bigram and gzip.
+
+    Raises:
+        BdtrainError: for a damaged checkpoint or corpus, or a corpus of another tokenizer.
+    """
+    if text is not None and (data is not None or baselines):
+        raise DataError(
+            "--text stands instead of a corpus; leave out --data, and --baselines, which needs training text"
+        )
+    saved, model = load_saved(checkpoint)
+    config = saved.config
+    section = (
+        config.data if data is None else config.data.model_copy(update={"path": str(data), "kind": "corpus"})
+    )
+    if baselines and section.kind == "synthetic":
+        raise DataError("--baselines are in bits per byte, and synthetic data have no bytes; leave it out")
+    source = _evaluation_source(saved, section, text=text, split=split)
+    settings = config.validation.model_copy(update={"sequences": sequences, "replicates": replicates})
+    train = config.train.model_copy(update={"micro_batch_size": batch_size or config.train.micro_batch_size})
+    run = config.run.model_copy(update={"seed": config.run.seed if seed is None else seed})
+    config = config.model_copy(update={"validation": settings, "train": train, "run": run})
+    likelihood = Evaluator(config, source, device=next(model.parameters()).device).likelihood(model)
+    compared = None
+    if baselines:
+        train_source = build_source(section, split="train", seed=config.run.seed)
+        tokenizer = Tokenizer.load(Path(str(section.path)) / "tokenizer.model")
+        compared = compare_baselines(source, train_source, tokenizer, sequences=sequences)
+    return SavedEvaluation(
+        likelihood=likelihood,
+        baselines=compared,
+        manifest={
+            "checkpoint": str(checkpoint),
+            "step": saved.facts.get("step"),
+            "text": str(text or data or config.data.path or "synthetic"),
+            "split": "text" if text else split,
+            "sequences": likelihood.sequences,
+            "seq_len": config.data.seq_len,
+            "block_size": config.diffusion.block_size,
+            "documents": config.data.documents,
+            "tokenizer_sha256": source.tokenizer_info.sha256,
+            "data_fingerprint": dict(source.fingerprint),
+            "seed": config.run.seed,
+            "eos_counted": True,
+        },
+    )
+
+
+def _evaluation_source(saved: SavedModel, section: DataConfig, *, text: Path | None, split: str) -> Source:
+    """The rows to evaluate on, of the model's tokenizer."""
+    if text is not None:
+        if saved.tokenizer is None:
+            raise DataError(
+                f"{saved.folder} was trained on synthetic data and has no tokenizer to read {text} with"
+            )
+        return TextSource(text, Tokenizer.load(saved.tokenizer), seq_len=section.seq_len)
+    source = build_source(section, split=split, seed=saved.config.run.seed)
+    ours, theirs = str(saved.facts["tokenizer"]["sha256"]), source.tokenizer_info.sha256
+    if ours != theirs:
+        raise TokenizerError(
+            f"{section.path} was made with another tokenizer (sha256 {theirs[:12]}...) than "
+            f"{saved.folder} was trained with ({ours[:12]}...); make a corpus with "
+            f"tools/preprocess.py --tokenizer {saved.folder / 'tokenizer.model'}"
+        )
+    return source
+
+
+def compare_baselines(
+    held_out: Source, train: Source, tokenizer: Tokenizer, *, sequences: int | None
+) -> Baselines:
+    """Baselines on the rows that were evaluated, fitted on the training split of the same corpus.
+
+    Args:
+        held_out: the rows, in order.
+        train: what the models are fitted on, up to ``BASELINE_TOKENS`` tokens of it.
+        tokenizer: of both.
+        sequences: rows of ``held_out`` that were evaluated, all if None.
+    """
+    rows = min(held_out.num_samples, sequences or held_out.num_samples)
+    tokens = np.concatenate([_real(held_out.row(number), tokenizer) for number in range(rows)])
+    fitted = min(train.num_samples, -(-BASELINE_TOKENS // train.seq_len))
+    return measure_baselines(
+        (_real(train.row(number), tokenizer) for number in range(fitted)),
+        tokens,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        text=tokenizer.decode_bytes(tokens),
+    )
+
+
+def _real(row: Row, tokenizer: Tokenizer) -> Row:
+    """A row without its padding."""
+    kept: Row = row[row != tokenizer.pad_id]
+    return kept

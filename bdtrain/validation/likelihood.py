@@ -1,0 +1,259 @@
+"""NELBO, perplexity and bits per byte on held-out rows, each with the two parts of its standard error.
+
+The reported value is the sum over counted tokens divided by all counted tokens, masked or not. Two things
+make it
+uncertain: the masks that were drawn (noise) and the documents that happened to be in the text (text). Every
+    row is
+measured with at least two independent draws of the noise, so that both parts can be told apart.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdtrain.data.loader import Batch
+from bdtrain.diffusion.keyed import NoiseKey, Purpose
+from bdtrain.diffusion.objectives.base import Objective
+from bdtrain.errors import DataError
+from bdtrain.model.forward import MicroBatch, corrupt_rows, forward_losses, stream_rows
+from bdtrain.parallel.engine import run_schedule
+
+MIN_DOCUMENTS = 10
+"""Below this many documents the rows stand for them."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A likelihood with its errors.
+
+    Attributes:
+        nelbo: nats per counted token; a bound, or exact where ``exact``.
+        nelbo_noise_error: standard error of ``nelbo`` from the draw of the masks, nats per token.
+        nelbo_text_error: standard error from the choice of the text's parts, nats per token.
+        ppl: exp of ``nelbo``.
+        ppl_error: both parts together, by the delta method.
+        bpb: bits per UTF-8 byte of the text; None without a tokenizer.
+        bpb_error: both parts together.
+        tokens: counted tokens.
+        text_bytes: UTF-8 bytes they decode to; None without a tokenizer.
+        sequences: rows measured.
+        text_units: independent parts of the text.
+        text_unit: "document", or "row" when there are fewer than ten documents.
+        replicates: draws of the noise per row.
+        exact: whether ``nelbo`` is the negative log-likelihood itself.
+        seconds: wall time.
+    """
+
+    nelbo: float
+    nelbo_noise_error: float
+    nelbo_text_error: float
+    ppl: float
+    ppl_error: float
+    bpb: float | None
+    bpb_error: float | None
+    tokens: int
+    text_bytes: int | None
+    sequences: int
+    text_units: int
+    text_unit: str
+    replicates: int
+    exact: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """One line for the console."""
+        sign = "=" if self.exact else "<="
+        bytes_part = "" if self.bpb is None else f"  bits/byte {sign} {self.bpb:.4f} +- {self.bpb_error:.4f}"
+        return (
+            f"{'NLL' if self.exact else 'NELBO'} {self.nelbo:.4f} nats/token "
+            f"(+- {self.nelbo_noise_error:.4f} noise, +- {self.nelbo_text_error:.4f} text)  "
+            f"PPL {sign} {self.ppl:.2f} +- {self.ppl_error:.2f}{bytes_part}  "
+            f"[{self.tokens} tokens, {self.text_units} {self.text_unit}s]"
+        )
+
+
+def evaluate_likelihood(
+    model: nn.Module,
+    objective: Objective,
+    batches: Iterable[Batch],
+    *,
+    seed: int,
+    replicates: int,
+    device: torch.device,
+    eos_id: int,
+    token_bytes: Tensor | None,
+    exact: bool,
+) -> Likelihood:
+    """Measure a model on rows of held-out text, in order.
+
+    Args:
+        model: the two-stream transformer; put into evaluation mode for the time of the call.
+        objective: the objective in its reported form, which integrates over the full range of noise.
+        batches: rows in the order of the text.
+        seed: keys the noise, together with the row's position.
+        replicates: independent draws per row, at least 2 unless ``exact``.
+        device: where the model is.
+        eos_id: ends a document.
+        token_bytes: UTF-8 bytes each token decodes to, int64 [vocab]; None leaves bits per byte out.
+        exact: the objective has no noise (AR) or hides everything (block size 1).
+
+    Raises:
+        DataError: if no token counts.
+    """
+    started = time.monotonic()
+    draws = 1 if exact else replicates
+    sums = _Sums(draws, eos_id)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                # Copies are the replicates: each has strata of its own, and they share one clean stream.
+                micro_batch = corrupt_rows(
+                    objective,
+                    batch,
+                    key=NoiseKey(seed=seed, purpose=Purpose.EVALUATE),
+                    global_batch_size=batch.tokens.shape[0],
+                    copies=draws,
+                    device=device,
+                )
+                losses = _token_losses(model, objective, micro_batch)
+                sums.add(batch, micro_batch.corrupted.counted.cpu(), losses.cpu(), token_bytes)
+    finally:
+        model.train(was_training)
+    return sums.result(exact=exact, has_bytes=token_bytes is not None, seconds=time.monotonic() - started)
+
+
+def _token_losses(model: nn.Module, objective: Objective, micro_batch: MicroBatch) -> Tensor:
+    """Weighted loss at each position, float64 [batch, draws, seq], through the training schedule."""
+
+    def forward_step(micro_batches: Iterator[MicroBatch], module: nn.Module) -> Any:
+        losses = forward_losses(module, objective, next(micro_batches))
+        tokens = torch.zeros((), dtype=torch.int, device=losses.device)
+        return losses, lambda output: (output, tokens, output)
+
+    (losses,) = run_schedule(
+        model,
+        forward_step,
+        [micro_batch],
+        rows=stream_rows(micro_batch),
+        micro_batch_size=micro_batch.layout.shape[0],
+        forward_only=True,
+    )
+    rows = micro_batch.corrupted.rows
+    full = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
+    full[rows] = losses.double()
+    return full
+
+
+class _Sums:
+    """Sums per row and per document, for every draw of the noise."""
+
+    def __init__(self, draws: int, eos_id: int) -> None:
+        self._draws, self._eos_id = draws, eos_id
+        self._row_losses: list[Tensor] = []  # [draws, batch] each
+        self._row_tokens: list[Tensor] = []
+        self._documents: dict[int, list[float]] = {}  # number -> [loss of the mean draw, counted tokens]
+        self._next_document = 0
+        self._bytes = 0
+
+    def add(self, batch: Batch, counted: Tensor, losses: Tensor, token_bytes: Tensor | None) -> None:
+        """Take a batch.
+
+        Args:
+            batch: the rows, in the order of the text.
+            counted: tokens in the denominator, bool [batch, seq].
+            losses: at the rows that the objective scored, [batch, draws, seq].
+            token_bytes: UTF-8 bytes of each token id, int64 [vocab].
+        """
+        self._row_losses.append(losses.sum(dim=2).t())
+        self._row_tokens.append(counted.sum(dim=1))
+        if token_bytes is not None:
+            self._bytes += int(token_bytes[batch.tokens[counted]].sum())
+        # A row's loss at position l may belong to token l + 1 (AR); inside a document that makes no
+        # difference.
+        numbers = self._number_documents(batch)
+        real = numbers >= 0
+        found, index = numbers[real].unique(return_inverse=True)
+        sums = torch.zeros(len(found), 2, dtype=torch.float64)
+        sums[:, 0].index_add_(0, index, losses.mean(dim=1)[real])
+        sums[:, 1].index_add_(0, index, counted[real].double())
+        for number, (loss, tokens) in zip(found.tolist(), sums.tolist(), strict=True):
+            entry = self._documents.setdefault(number, [0.0, 0.0])
+            entry[0] += loss
+            entry[1] += tokens
+
+    def _number_documents(self, batch: Batch) -> Tensor:
+        """Number of each token's document in the whole text, int64 [batch, seq]; -1 for padding."""
+        numbers = batch.documents.long()
+        for row, tokens in zip(numbers, batch.tokens, strict=True):
+            real = row >= 0
+            if not real.any():
+                continue
+            row[real] += self._next_document
+            # The row's last document goes on in the next row, unless EOS or padding ended it.
+            ended = not bool(real[-1]) or int(tokens[-1]) == self._eos_id
+            self._next_document = int(row[real][-1]) + int(ended)
+        return numbers
+
+    def result(self, *, exact: bool, has_bytes: bool, seconds: float) -> Likelihood:
+        """The estimate with its errors."""
+        if not self._row_tokens or int(torch.cat(self._row_tokens).sum()) == 0:
+            raise DataError(
+                "the held-out text has no token to score; give a longer text or a larger validation share"
+            )
+        rows = torch.cat(self._row_losses, dim=1)  # draws, rows
+        row_tokens = torch.cat(self._row_tokens).double()
+        tokens = row_tokens.sum()
+        nelbo = float(rows.mean(dim=0).sum() / tokens)
+
+        # Rows are taken as independent draws of noise. Strata make their sum less variable than that: an
+        # upper estimate.
+        noise_variance = 0.0 if self._draws == 1 else float(rows.var(dim=0).sum() / self._draws / tokens**2)
+        if len(self._documents) >= MIN_DOCUMENTS:
+            unit = "document"
+            sums, sizes = torch.tensor(list(self._documents.values()), dtype=torch.float64).unbind(dim=1)
+        else:
+            unit, sums, sizes = "row", rows.mean(dim=0), row_tokens
+        text_variance = _ratio_variance(sums, sizes, nelbo) - noise_variance
+        noise_error, text_error = math.sqrt(noise_variance), math.sqrt(max(text_variance, 0.0))
+        error = math.hypot(noise_error, text_error)
+        per_byte = float(tokens) / self._bytes / math.log(2) if has_bytes and self._bytes else None
+        ppl = math.exp(min(nelbo, 700.0))
+        return Likelihood(
+            nelbo=nelbo,
+            nelbo_noise_error=noise_error,
+            nelbo_text_error=text_error,
+            ppl=ppl,
+            ppl_error=ppl * error,
+            bpb=None if per_byte is None else nelbo * per_byte,
+            bpb_error=None if per_byte is None else error * per_byte,
+            tokens=int(tokens),
+            text_bytes=self._bytes if has_bytes else None,
+            sequences=rows.shape[1],
+            text_units=len(sizes),
+            text_unit=unit,
+            replicates=self._draws,
+            exact=exact,
+            seconds=seconds,
+        )
+
+
+def _ratio_variance(sums: Tensor, sizes: Tensor, ratio: float) -> float:
+    """Variance of sum(sums) / sum(sizes) over independent units, by linearisation."""
+    units = len(sizes)
+    if units < 2:
+        return 0.0
+    residual = sums - ratio * sizes
+    return float((residual**2).sum() * units / (units - 1) / sizes.sum() ** 2)

@@ -1,0 +1,6 @@
+"""Attention over noisy copies and the clean stream of block diffusion."""
+
+from bdtrain_kernels.block_attention.api import PreparedLayout, block_attention, prepare
+from bdtrain_kernels.block_attention.reference import dense_mask, reference_attention
+
+__all__ = ["PreparedLayout", "block_attention", "dense_mask", "prepare", "reference_attention"]

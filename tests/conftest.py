@@ -1,0 +1,41 @@
+"""What all tests share: one thread per process, no GPU unless asked for, and the folders of golden numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: two cores shared by several processes are slower with spinning threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# DeepSpeed compiles nothing: no test may wait for a compiler.
+os.environ.setdefault("DS_BUILD_OPS", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the golden vectors of the published implementation."""
+    return ROOT / "tests" / "golden"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of a GPU and long ones unless ``-m`` asks for them by name."""
+    wanted = config.getoption("-m") or ""
+    left_out = [mark for mark in ("gpu", "soak") if mark not in wanted]
+    kept, deselected = [], []
+    for item in items:
+        (deselected if any(item.get_closest_marker(mark) for mark in left_out) else kept).append(item)
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = kept

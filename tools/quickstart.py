@@ -1,0 +1,182 @@
+"""From text to a trained block diffusion model: ``make quickstart`` or ``make quickstart INPUT=my/texts``.
+
+Without ``--input`` the text is the source code of Python's own standard library, which every machine that can
+run this has. The steps are the ones a real run takes, by the same commands; each is printed before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+
+def main() -> int:
+    """Run every step.
+
+    Returns:
+        The exit code of the first step that failed, or 0.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", help="your text: .txt, .jsonl or .jsonl.gz files or a folder of them")
+    parser.add_argument(
+        "--folder", default="runs/quickstart", help="where everything goes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=2048, help="size of the tokenizer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--config", default="configs/run/quickstart.yaml", help="the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="key=value settings for the run, for example train.steps=50"
+    )
+    options = parser.parse_args()
+
+    started = time.monotonic()
+    folder = Path(options.folder)
+    make_way(folder)
+    text = shlex.quote(options.input or str(collect_standard_library(folder / "text")))
+    place = shlex.quote(str(folder))
+    settings = shlex.join([f"run.folder={folder}/run", f"data.path={folder}/corpus", *options.overrides])
+    try:
+        run_step(
+            "1/4 tokenizer",
+            f"python tools/train_tokenizer.py --input {text} --vocab-size {options.vocab_size} "
+            f"--out {place}/tokenizer",
+        )
+        run_step(
+            "2/4 shards",
+            f"python tools/preprocess.py --input {text} --tokenizer {place}/tokenizer/tokenizer.model "
+            f"--out {place}/corpus --valid-fraction 0.04",
+        )
+        run_step(
+            "3/4 training",
+            f"deepspeed --num_gpus 1 launchers/pretrain.py --config {shlex.quote(options.config)} {settings}",
+        )
+        run_step(
+            "4/4 evaluation of the saved weights, beside the baselines",
+            f"python launchers/evaluate_checkpoint.py --checkpoint {place}/run/checkpoint "
+            f"--data {place}/corpus --baselines --json {place}/evaluation.json",
+        )
+    except subprocess.CalledProcessError as error:
+        print(f"\nquickstart stopped: the step above ended with code {error.returncode}", file=sys.stderr)
+        return error.returncode if error.returncode > 0 else 1
+    show(folder, write_summary(folder, time.monotonic() - started))
+    return 0
+
+
+def make_way(folder: Path) -> None:
+    """Move an earlier quickstart aside; the one before that is removed."""
+    if not folder.exists():
+        return
+    earlier = folder.with_name(folder.name + ".previous")
+    if earlier.exists():
+        shutil.rmtree(earlier)
+    folder.rename(earlier)
+    print(f"the earlier quickstart is now in {earlier}")
+
+
+def collect_standard_library(folder: Path) -> Path:
+    """One JSON line per source file of the standard library, tests left out.
+
+    Returns:
+        The file that was written.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    folder.mkdir(parents=True)
+    out = folder / "standard-library.jsonl"
+    documents = size = left_out = 0
+    with out.open("w", encoding="utf-8") as file:
+        for path in sorted(library.rglob("*.py")):
+            if LEFT_OUT & set(path.relative_to(library).parts):
+                continue
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                left_out += 1  # a handful of files declare another encoding on purpose
+                continue
+            if text.strip():
+                file.write(json.dumps({"id": path.relative_to(library).as_posix(), "text": text}) + "\n")
+                documents, size = documents + 1, size + len(text.encode())
+    print(
+        f"text: {documents} source files of Python's standard library, {size / 1e6:.1f} MB, from {library}"
+        + (f" ({left_out} that are not UTF-8 left out)" if left_out else "")
+    )
+    return out
+
+
+def run_step(title: str, command: str) -> None:
+    """Print and run one command from the repository's root."""
+    print(f"\n== {title}\n$ {command}", flush=True)
+    program, *words = shlex.split(command)
+    # DeepSpeed's launcher starts `python` by its name: the folder of the Python that runs this comes first.
+    folder = Path(sys.executable).parent
+    environment = dict(os.environ, OMP_WAIT_POLICY="passive")
+    environment["PATH"] = f"{folder}{os.pathsep}{environment.get('PATH', '')}"
+    subprocess.run([str(folder / program), *words], cwd=ROOT, env=environment, check=True)
+
+
+def write_summary(folder: Path, wall_seconds: float) -> dict[str, Any]:
+    """Put the numbers of the run and of the evaluation side by side in ``summary.json``."""
+    run = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    summary = {
+        "nelbo_before": run["before"]["nelbo"],
+        "nelbo_after": run["after"]["nelbo"],
+        "ppl_before": run["before"]["ppl"],
+        "ppl_after": run["after"]["ppl"],
+        "bpb_before": run["before"]["bpb"],
+        "bpb_after": run["after"]["bpb"],
+        **evaluation["baselines"],
+        "tokens_per_second": run["tokens_per_second"],
+        "wall_seconds": wall_seconds,
+        "checkpoint": run["checkpoint"],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def show(folder: Path, summary: dict[str, Any]) -> None:
+    """The result and what to do next."""
+    checkpoint = summary["checkpoint"]
+    rows = [
+        ("this model, before training", summary["bpb_before"]),
+        ("unigram over the same tokens", summary["unigram_bpb"]),
+        ("bigram over the same tokens", summary["bigram_bpb"]),
+        ("gzip -9", summary["gzip_bpb"]),
+        ("this model, after training", summary["bpb_after"]),
+    ]
+    print("\nheld-out text, bits per byte (lower is better)")
+    for name, value in rows:
+        print(f"  {name:<32}{value:8.3f}")
+    print(
+        f"NELBO {summary['nelbo_before']:.3f} -> {summary['nelbo_after']:.3f} nats/token, "
+        f"PPL <= {summary['ppl_before']:.0f} -> {summary['ppl_after']:.1f}, "
+        f"{summary['tokens_per_second']:.0f} tokens/s"
+    )
+    print(
+        f"\nDone in {summary['wall_seconds'] / 60:.1f} minutes. {folder / 'summary.json'} holds the numbers, "
+        f"{folder / 'run' / 'metrics.jsonl'} the curve,\n{folder / 'run' / 'samples.jsonl'} the samples.\n"
+        "\nNext:\n"
+        f"  python launchers/evaluate_checkpoint.py --checkpoint {checkpoint} --data {folder / 'corpus'}\n"
+        f"  python launchers/sample_text.py --checkpoint {checkpoint} --prompt 'def main('\n"
+        "  make quickstart INPUT=path/to/your/texts"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
