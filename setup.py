@@ -1,7 +1,8 @@
 """Packaging of bdtrain: two packages from two source roots.
 
-``kernels/`` is a source root and must never become a package itself (no ``__init__.py`` there): there is a well-used
-package named ``kernels`` that it would hide. ``bdtrain_kernels`` is therefore mapped with ``package_dir``.
+``kernels/`` is a source root and must never become a package itself (no ``__init__.py`` there): there is a
+well-used package named ``kernels`` that it would hide. ``bdtrain_kernels`` is therefore mapped with
+``package_dir``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def read_version() -> str:
     text = (ROOT / "bdtrain" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if match is None:
-        raise RuntimeError("bdtrain/__init__.py has no line __version__ = \"...\"")
+        raise RuntimeError('bdtrain/__init__.py has no line __version__ = "..."')
     return match.group(1)
 
 
@@ -75,7 +76,8 @@ EXTRAS = {
 setup(
     name="bdtrain",
     version=read_version(),
-    description="Pretraining of block diffusion language models on Megatron layers, DeepSpeed ZeRO and streamed text",
+    description="Pretraining of block diffusion language models on Megatron layers, DeepSpeed ZeRO and "
+    "streamed text",
     long_description=read_readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, no GPU unless asked for, and the folders of golden numbers."""
+"""What all tests share: one thread per process, no GPU unless asked for, the folder of golden numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write ``configs/schema.json`` (for editors) and ``configs/reference.md`` (for people) from the config schema.
+"""Write ``configs/schema.json`` (for editors) and ``configs/reference.md`` (for people) from the schema.
 
 ``--check`` writes nothing and fails when a file is not what would be written.
 """

@@ -1,7 +1,9 @@
-"""Make ``.venv`` fit for a target of the Makefile: ``python3.11 tools/set_up_venv.py --extras dev,ray --torch cpu``.
+"""Make ``.venv`` fit for a target of the Makefile.
 
-Standard library only, because it runs before anything is installed. What was installed is recorded in ``.venv/.stamp``;
-when that still holds, nothing happens. An interrupted set-up is continued by the next call.
+    python3.11 tools/set_up_venv.py --extras dev,ray --torch cpu
+
+Standard library only, because it runs before anything is installed. What was installed is recorded in
+``.venv/.stamp``; when that still holds, nothing happens. An interrupted set-up is continued by the next call.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ TORCH = "2.13.0"
 BASE_PYTHON = str(getattr(sys, "_base_executable", None) or sys.executable)
 MIN_FREE_GB = {"cpu": 4, "cuda": 14, "installed": 2}
 # About what pip fetches on Linux x86-64, in MB; wheels in pip's cache are not fetched again.
-SIZES_MB = {"cpu": 190, "cuda": 2900, "base": 85, "dev": 250, "ray": 100}
+SIZES_MB = {"cpu": 192, "cuda": 2800, "base": 55, "dev": 340, "ray": 105}
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def set_up(wanted: Stamp, recorded: Stamp | None) -> None:
         SetUpError: if the environment cannot be made.
     """
     started = time.monotonic()
+    # Asked before an existing .venv is touched.
+    outside = installed_outside() if wanted.torch == "installed" else set()
     announce(wanted)
     make_venv(wanted, recorded)
     STAMP.unlink(missing_ok=True)
@@ -138,7 +142,7 @@ def set_up(wanted: Stamp, recorded: Stamp | None) -> None:
         pip("torch (CUDA)", f"torch==={TORCH}")
     left_out = {"torch", "triton"} if registry_build else set()
     if wanted.torch == "installed":
-        left_out = {"torch", "triton", *installed_outside()}
+        left_out = {"torch", "triton", *outside}
     constraints.write_text(constraints_without(left_out), encoding="utf-8")
     extras = f"[{','.join(wanted.extras)}]" if wanted.extras else ""
     # PEP 517 builds DeepSpeed's source package in an environment of its own without torch: no op is compiled.
@@ -186,7 +190,8 @@ def make_venv(wanted: Stamp, recorded: Stamp | None) -> None:
     if result.returncode:
         shutil.rmtree(VENV, ignore_errors=True)
         raise SetUpError(
-            f"{BASE_PYTHON} cannot make a virtual environment: {last_lines(result.stdout + result.stderr, 3)}\n"
+            f"{BASE_PYTHON} cannot make a virtual environment: "
+            f"{last_lines(result.stdout + result.stderr, 3)}\n"
             "On Debian and Ubuntu install the package python3-venv (python3.11-venv, python3.12-venv)."
         )
 
@@ -216,7 +221,8 @@ def install_cpu_torch() -> bool:
     if pip("torch (CPU)", f"torch=={TORCH}+cpu", *where, may_fail=True):
         return False
     print(
-        f"pip's settings offer no CPU build of torch {TORCH} for Python {sys.version_info[0]}.{sys.version_info[1]}.\n"
+        f"pip's settings offer no CPU build of torch {TORCH} for Python "
+        f"{sys.version_info[0]}.{sys.version_info[1]}.\n"
         f"Taking the registry's build, which brings CUDA libraries: about {SIZES_MB['cuda']} MB instead of "
         f"{SIZES_MB['cpu']} MB.\n"
         "To avoid that, stop now (Ctrl-C) and run  TORCH_INDEX_URL=<an index with CPU builds> make ...,  or\n"
@@ -236,7 +242,8 @@ def installed_outside() -> set[str]:
     names = {normalise(name) for name in result.stdout.split()}
     if "torch" not in names:
         raise SetUpError(
-            f"TORCH=installed, but {BASE_PYTHON} has no torch. Choose another Python (PYTHON=/path/to/python make ...) "
+            f"TORCH=installed, but {BASE_PYTHON} has no torch. Choose another Python "
+            f"(PYTHON=/path/to/python make ...) "
             "or another torch (TORCH=cpu or TORCH=cuda)."
         )
     return names
@@ -298,7 +305,8 @@ def show_progress(line: str, packages: int, seconds: float) -> None:
     if download and (download.group(3) == "GB" or float(download.group(2)) >= 20):
         name = download.group(1).rpartition("/")[2]
         print(
-            f"  [{seconds:4.0f} s] package {packages}: fetching {name}, {download.group(2)} {download.group(3)}",
+            f"  [{seconds:4.0f} s] package {packages}: fetching {name}, {download.group(2)} "
+            f"{download.group(3)}",
             flush=True,
         )
     elif line.startswith("Installing collected packages"):

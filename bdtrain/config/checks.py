@@ -1,8 +1,8 @@
 """Rules that join settings. Each returns every breach it finds, so that a user sees all of them at once.
 
-Two kinds: values that do not fit each other (``find_conflicts``), and values that were given but would have no effect
-(``find_ignored``): nothing a user writes is skipped in silence. An off switch is no breach (``validation.sample_tokens=0``
-leaves the other sample settings dormant).
+Two kinds: values that do not fit each other (``find_conflicts``), and values that were given but would have
+no effect (``find_ignored``): nothing a user writes is skipped in silence. An off switch is no breach
+(``validation.sample_tokens=0`` leaves the other sample settings dormant).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdtrain.config.problems import Problem, section_type
-from bdtrain.config.schema import RunConfig, Section
+from bdtrain.config.schema import DiffusionConfig, RunConfig, Section
 from bdtrain.errors import ConfigError
 
 SHARE_TOLERANCE = 1e-9
@@ -73,6 +73,9 @@ def without_effect(config: RunConfig) -> dict[str, Reason]:
         ignore("diffusion.algo", "ar, which draws no noise", *noise)
         sampler = ["validation.sample_method", "validation.sample_steps"]
         ignore("diffusion.algo", "ar, which samples token by token", *sampler)
+    elif diffusion.plan.clip_range == (1.0, 1.0):
+        masks_all = "[1, 1], which masks every token"
+        ignore("diffusion.plan.clip_range", masks_all, "diffusion.plan.kind", "diffusion.plan.strata")
     if optim.schedule == "constant":
         ignore("optim.schedule", "constant", "optim.decay_steps", "optim.min_lr_ratio")
     elif optim.schedule == "cosine":
@@ -102,7 +105,9 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
 
 
 def check_paths(config: RunConfig) -> None:
-    """Check that the files a run reads are there. Separate from validation: a config may be checked elsewhere.
+    """Check that the files a run reads are there.
+
+    Separate from validation, because a configuration may be checked on another machine.
 
     Raises:
         ConfigError: if the corpus is missing.
@@ -110,11 +115,15 @@ def check_paths(config: RunConfig) -> None:
     if config.data.kind != "corpus" or config.data.path is None:
         return
     folder = Path(config.data.path)
-    make_it = f"make it with: python tools/preprocess.py --input TEXT --tokenizer TOKENIZER.model --out {folder}"
+    make_it = (
+        f"make it with: python tools/preprocess.py --input TEXT --tokenizer TOKENIZER.model --out {folder}"
+    )
     if not folder.exists():
         raise ConfigError(f"data.path={folder} does not exist (working directory {Path.cwd()}); {make_it}")
     if not (folder / "index.json").is_file():
-        raise ConfigError(f"data.path={folder} holds no index.json, so it is not a finished corpus; {make_it}")
+        raise ConfigError(
+            f"data.path={folder} holds no index.json, so it is not a finished corpus; {make_it}"
+        )
 
 
 def _owner(config: RunConfig, key: str) -> tuple[Section, str]:
@@ -139,30 +148,35 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if "head_dim" not in model.model_fields_set and model.hidden_size % model.num_heads:
         yield Problem(
             ("model.num_heads", "model.hidden_size"),
-            f"model.num_heads={model.num_heads} does not divide model.hidden_size={model.hidden_size}; choose num_heads "
+            f"model.num_heads={model.num_heads} does not divide model.hidden_size={model.hidden_size}; "
+            f"choose num_heads "
             f"from {_divisors(model.hidden_size)} or give model.head_dim",
         )
     elif model.head_dim % 2:
         yield Problem(
             ("model.head_dim", "model.num_heads", "model.hidden_size"),
-            f"model.head_dim={model.head_dim} is odd; rotary positions turn pairs of channels, so it must be even",
+            f"model.head_dim={model.head_dim} is odd; rotary positions turn pairs of channels, so it must "
+            f"be even",
         )
     if model.num_heads % model.num_kv_heads:
         yield Problem(
             ("model.num_kv_heads", "model.num_heads"),
-            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; choose it from "
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
+            f"choose it from "
             f"{_divisors(model.num_heads)}",
         )
     if model.shape == "bd3lm" and model.num_kv_heads != model.num_heads:
         yield Problem(
             ("model.num_kv_heads", "model.num_heads", "model.shape"),
-            f"model.num_kv_heads={model.num_kv_heads} with model.shape=bd3lm; that shape has multi-head attention: "
+            f"model.num_kv_heads={model.num_kv_heads} with model.shape=bd3lm; that shape has multi-head "
+            f"attention: "
             f"leave num_kv_heads out, or choose model.shape=qwen3",
         )
     if model.shape == "bd3lm" and model.head_dim * model.num_heads != model.hidden_size:
         yield Problem(
             ("model.head_dim", "model.num_heads", "model.hidden_size", "model.shape"),
-            f"model.head_dim={model.head_dim} times model.num_heads={model.num_heads} is not model.hidden_size="
+            f"model.head_dim={model.head_dim} times model.num_heads={model.num_heads} is not "
+            f"model.hidden_size="
             f"{model.hidden_size}, which model.shape=bd3lm needs; leave head_dim out",
         )
 
@@ -172,18 +186,21 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     if data.kind == "corpus" and data.path is None:
         yield Problem(
             ("data.path", "data.kind"),
-            "data.path is missing; give the corpus folder (python tools/preprocess.py makes one), or data.kind=synthetic",
+            "data.path is missing; give the corpus folder (python tools/preprocess.py makes one), or "
+            "data.kind=synthetic",
         )
     if data.kind == "synthetic" and vocab_size is not None and vocab_size < data.synthetic_vocab_size:
         yield Problem(
             ("model.vocab_size", "data.synthetic_vocab_size"),
-            f"model.vocab_size={vocab_size} is smaller than data.synthetic_vocab_size={data.synthetic_vocab_size}; "
+            f"model.vocab_size={vocab_size} is smaller than "
+            f"data.synthetic_vocab_size={data.synthetic_vocab_size}; "
             f"leave model.vocab_size out",
         )
     if data.kind == "synthetic" and data.synthetic_tokens < data.seq_len:
         yield Problem(
             ("data.synthetic_tokens", "data.seq_len"),
-            f"data.synthetic_tokens={data.synthetic_tokens} is less than one row of data.seq_len={data.seq_len}",
+            f"data.synthetic_tokens={data.synthetic_tokens} is less than one row of "
+            f"data.seq_len={data.seq_len}",
         )
     if data.epoch_tokens is not None and data.epoch_tokens < data.seq_len:
         yield Problem(
@@ -204,7 +221,8 @@ def _blocks(config: RunConfig) -> Iterator[Problem]:
     if algo == "mdlm" and block_size != seq_len:
         yield Problem(
             keys,
-            f"diffusion.block_size={block_size} with diffusion.algo=mdlm, whose block is the row of data.seq_len={seq_len}; "
+            f"diffusion.block_size={block_size} with diffusion.algo=mdlm, whose block is the row of "
+            f"data.seq_len={seq_len}; "
             f"remove it (or diffusion.block_size=null), or choose algo=block_diffusion",
         )
     if algo == "ar" and block_size != 1:
@@ -224,58 +242,84 @@ def _clip_range(config: RunConfig) -> Iterator[Problem]:
         if plan.resample:
             yield Problem(
                 (*keys, "diffusion.plan.resample"),
-                "diffusion.plan.resample=true without diffusion.plan.clip_range has nothing to hold blocks to; give a "
+                "diffusion.plan.resample=true without diffusion.plan.clip_range has nothing to hold blocks "
+                "to; give a "
                 "range or remove resample",
             )
         return
     beta, omega = plan.clip_range
     if not (0 <= beta <= 1 and 0 <= omega <= 1):
-        yield Problem(keys, f"diffusion.plan.clip_range=[{beta}, {omega}] leaves [0, 1]; it bounds a probability")
+        yield Problem(
+            keys, f"diffusion.plan.clip_range=[{beta}, {omega}] leaves [0, 1]; it bounds a probability"
+        )
         return
     if beta > omega or (beta == omega and beta != 1):
         yield Problem(
             keys,
-            f"diffusion.plan.clip_range=[{beta}, {omega}] is empty; beta must be below omega (only [1, 1], full masking, "
+            f"diffusion.plan.clip_range=[{beta}, {omega}] is empty; beta must be below omega (only [1, 1], "
+            f"full masking, "
             f"may be a point)",
         )
         return
     if diffusion.schedule != "linear" and not diffusion.schedule.startswith("reference_"):
         yield Problem(
             (*keys, "diffusion.schedule"),
-            f"diffusion.plan.clip_range with diffusion.schedule={diffusion.schedule}; a range of the masking probability "
+            f"diffusion.plan.clip_range with diffusion.schedule={diffusion.schedule}; a range of the "
+            f"masking probability "
             f"is defined for schedule=linear: use that, or clip_range=null",
         )
     if plan.resample:
-        yield from _resample(beta, omega, diffusion.block_size)
+        yield from _resample(diffusion)
 
 
-def _resample(beta: float, omega: float, block_size: int) -> Iterator[Problem]:
+def _resample(diffusion: DiffusionConfig) -> Iterator[Problem]:
     """With resampling some count k of 1..block_size must have its share in the range."""
-    lowest = max(1, math.ceil(block_size * (beta - SHARE_TOLERANCE)))
-    if lowest <= block_size * (omega + SHARE_TOLERANCE):
+    block_size, plan = diffusion.block_size, diffusion.plan
+    assert plan.clip_range is not None
+    beta, omega = plan.clip_range
+    keys = ("diffusion.plan.clip_range", "diffusion.plan.resample")
+    if beta == 1:
+        yield Problem(
+            keys,
+            "diffusion.plan.resample=true with clip_range=[1, 1], which masks every token anyway; "
+            "remove resample",
+        )
         return
-    wider = next((f"at least {k}/{block_size}" for k in range(1, block_size + 1) if k / block_size > beta), "1")
-    yield Problem(
-        ("diffusion.plan.clip_range", "diffusion.plan.resample", "diffusion.block_size"),
-        f"diffusion.plan.clip_range=[{beta}, {omega}] is infeasible with resample: no k of 1..{block_size} "
-        f"(diffusion.block_size) has k/{block_size} in it; raise omega to {wider}, or resample=false",
-    )
+    if diffusion.schedule.startswith("reference_") and diffusion.schedule != "reference_linear":
+        yield Problem(
+            (*keys, "diffusion.schedule"),
+            f"diffusion.plan.resample=true with diffusion.schedule={diffusion.schedule}; the range of masked "
+            f"shares is defined for linear and reference_linear: use one of them, or remove resample",
+        )
+    lowest = max(1, math.ceil(block_size * (beta - SHARE_TOLERANCE)))
+    if lowest > block_size * (omega + SHARE_TOLERANCE):
+        yield Problem(
+            (*keys, "diffusion.block_size"),
+            f"diffusion.plan.clip_range=[{beta}, {omega}] is infeasible with resample: no k of "
+            f"1..{block_size} (diffusion.block_size) has k/{block_size} in it; raise omega to at least "
+            f"{lowest}/{block_size}, or resample=false",
+        )
 
 
 def _optim(config: RunConfig) -> Iterator[Problem]:
     optim, steps = config.optim, config.train.steps
     if not all(0 <= beta < 1 for beta in optim.betas):
-        yield Problem(("optim.betas",), f"optim.betas={list(optim.betas)}; both must be at least 0 and below 1")
+        yield Problem(
+            ("optim.betas",), f"optim.betas={list(optim.betas)}; both must be at least 0 and below 1"
+        )
     decay = optim.decay_steps or 0
     if optim.schedule == "wsd" and not decay:
         yield Problem(
             ("optim.decay_steps", "optim.schedule"),
-            f"optim.decay_steps is missing; schedule=wsd needs its length (a tenth to a fifth of train.steps={steps} is usual)",
+            f"optim.decay_steps is missing; schedule=wsd needs its length (a tenth to a fifth of "
+            f"train.steps={steps} is usual)",
         )
     if optim.schedule != "wsd":
         decay = 0
     if optim.warmup_steps + decay > steps:
-        parts = f"optim.warmup_steps={optim.warmup_steps}" + (f" plus optim.decay_steps={decay}" if decay else "")
+        parts = f"optim.warmup_steps={optim.warmup_steps}" + (
+            f" plus optim.decay_steps={decay}" if decay else ""
+        )
         yield Problem(
             ("optim.warmup_steps", "optim.decay_steps", "optim.schedule", "train.steps"),
             f"{parts} is more than train.steps={steps}; shorten it or train longer",

@@ -22,8 +22,8 @@ examples:
   %(prog)s --config configs/run/quickstart.yaml
   %(prog)s --config configs/run/quickstart.yaml optim.lr=1e-3 train.steps=500 "optim.betas=[0.9,0.95]"
   %(prog)s --config configs/run/quickstart.yaml --check              validate and show sizes, start nothing
-  %(prog)s --config configs/run/quickstart.yaml --explain optim.lr   what it is, its value, where that came from
-  %(prog)s --explain diffusion                                       the settings of a section
+  %(prog)s --config configs/run/quickstart.yaml --explain optim.lr   what it is, its value, where that came
+  from %(prog)s --explain diffusion                                       the settings of a section
 
 All settings: configs/reference.md. Defaults < bases < file < later files < overrides.
 """
@@ -34,7 +34,8 @@ class CommandLine:
     """What the user asked for.
 
     Attributes:
-        loaded: the checked configuration with its origins; None after ``--help``, or ``--explain`` without a file.
+        loaded: the checked configuration with its origins; None after ``--help``, or ``--explain`` without a
+            file.
         finished: the request was answered (``--help``, ``--check``, ``--explain``): there is nothing to run.
         local_rank: what ``--local_rank`` said; LOCAL_RANK in the environment counts instead.
     """
@@ -63,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_command_line(arguments: Sequence[str], description: str) -> CommandLine:
-    """Read the arguments of a launcher, and answer ``--help``, ``--check`` and ``--explain`` on the first rank.
+    """Read a launcher's arguments; answer ``--help``, ``--check`` and ``--explain`` on the first rank.
 
     Nothing but the configuration is touched: no torch, no process group, no device.
 
@@ -89,7 +90,9 @@ def parse_command_line(arguments: Sequence[str], description: str) -> CommandLin
         _print(explain(options.explain, None))
         return CommandLine(None, finished=True, local_rank=options.local_rank)
     if not options.config:
-        raise ConfigError("no configuration was given; add --config FILE, for example configs/run/quickstart.yaml")
+        raise ConfigError(
+            "no configuration was given; add --config FILE, for example configs/run/quickstart.yaml"
+        )
     loaded = load_config(options.config, overrides)
     if options.explain is not None:
         _print(explain(options.explain, loaded))
@@ -107,7 +110,9 @@ def summarise(config: RunConfig) -> str:
     vocab = model.vocab_size or (data.synthetic_vocab_size if data.kind == "synthetic" else None)
     layers = count_parameters(model, vocab or 1).layers
     if vocab:
-        size = f"{count_parameters(model, vocab).total:,} parameters, {layers:,} of them not embedding or head"
+        size = (
+            f"{count_parameters(model, vocab).total:,} parameters, {layers:,} of them not embedding or head"
+        )
     else:
         size = f"{layers:,} parameters, plus embedding and head of the corpus' vocabulary"
     blocks = f", blocks of {diffusion.block_size} tokens" if diffusion.algo == "block_diffusion" else ""
@@ -118,7 +123,8 @@ def summarise(config: RunConfig) -> str:
             f"  objective  {diffusion.algo}{blocks}",
             f"  model      {model.shape}, {model.num_layers} layers x {model.hidden_size} channels: {size}",
             f"  step       {rows} = {config.tokens_per_step:,} tokens",
-            f"  run        {train.steps:,} steps = {config.tokens_per_step * train.steps:,} tokens, into {config.run.folder}",
+            f"  run        {train.steps:,} steps = {config.tokens_per_step * train.steps:,} tokens, into "
+            f"{config.run.folder}",
         ]
     )
 
@@ -136,7 +142,9 @@ def _parser(description: str) -> _Parser:
         "--config", action="append", metavar="FILE", help="YAML file of the run; repeat it, later files win"
     )
     parser.add_argument("--check", action="store_true", help="validate and print the sizes; start nothing")
-    parser.add_argument("--explain", metavar="KEY", help="what a setting is, its value and where that came from")
+    parser.add_argument(
+        "--explain", metavar="KEY", help="what a setting is, its value and where that came from"
+    )
     # DeepSpeed's launcher inserts it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the files")
@@ -145,7 +153,12 @@ def _parser(description: str) -> _Parser:
 
 def _refuse_options(parser: _Parser, rest: Sequence[str]) -> None:
     """Refuse options that do not exist, all of them, each with the nearest one."""
-    known = [option for action in parser._actions for option in action.option_strings if action.help != argparse.SUPPRESS]
+    known = [
+        option
+        for action in parser._actions
+        for option in action.option_strings
+        if action.help != argparse.SUPPRESS
+    ]
     problems = []
     for text in rest:
         if text.startswith("-"):

@@ -34,9 +34,9 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
     """
     hidden, ffn = model.hidden_size, model.ffn_size
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    # No biases in attention in either shape.
     attention = hidden * (queries + 2 * keys) + queries * hidden
     if model.shape == "bd3lm":
-        attention += queries + 2 * keys + hidden
         norms, final_norm = 4 * hidden, 2 * hidden
         feed_forward = 2 * hidden * ffn + ffn + hidden
     else:

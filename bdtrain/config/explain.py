@@ -11,7 +11,14 @@ from pydantic.fields import FieldInfo
 
 from bdtrain.config.checks import without_effect
 from bdtrain.config.loader import LoadedConfig, value_of
-from bdtrain.config.problems import config_error, known_keys, known_sections, literal_choices, section_type, unknown_key
+from bdtrain.config.problems import (
+    config_error,
+    known_keys,
+    known_sections,
+    literal_choices,
+    section_type,
+    unknown_key,
+)
 from bdtrain.config.schema import RunConfig, Section
 
 _BOUND_WORDS = (("ge", ">= "), ("gt", "> "), ("le", "<= "), ("lt", "< "), ("pattern", "matching "))
@@ -74,7 +81,9 @@ def explain(key: str, loaded: LoadedConfig | None) -> str:
     setting = describe(key)
     lines = [key, *textwrap.wrap(setting.meaning, 100, initial_indent="  ", subsequent_indent="  ")]
     unit = "none" if setting.unit == "-" else setting.unit
-    lines.append(f"  type: {setting.kind}   unit: {unit}   allowed: {setting.allowed}   default: {setting.default}")
+    lines.append(
+        f"  type: {setting.kind}   unit: {unit}   allowed: {setting.allowed}   default: {setting.default}"
+    )
     if loaded is None:
         return "\n".join(lines)
     lines.append(f"  value: {show_value(value_of(loaded.config, key))}   from: {loaded.source(key)}")

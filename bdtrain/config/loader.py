@@ -1,7 +1,7 @@
 """From files and overrides to one checked ``RunConfig``.
 
-Precedence: defaults of the schema < bases < file < later files < overrides. All problems are reported together, so a
-user corrects a configuration once.
+Precedence: defaults of the schema < bases < file < later files < overrides. All problems are reported
+together, so a user corrects a configuration once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bdtrain.config.checks import find_conflicts, find_ignored, without_effect
-from bdtrain.config.problems import Problem, config_error, known_keys, known_sections, section_type, type_problem
+from bdtrain.config.problems import (
+    Problem,
+    config_error,
+    known_keys,
+    known_sections,
+    section_type,
+    type_problem,
+)
 from bdtrain.config.schema import RunConfig
 from bdtrain.config.sources import Origin, read_files, read_overrides
 
@@ -37,7 +44,9 @@ _STAND_INS: Mapping[str, int] = MappingProxyType(
 class _Dumper(yaml.SafeDumper):
     """Sections line by line, lists on one line."""
 
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+    def represent_sequence(
+        self, tag: str, sequence: Any, flow_style: bool | None = None
+    ) -> yaml.SequenceNode:
         """A list in brackets."""
         return super().represent_sequence(tag, sequence, flow_style=True)
 
@@ -48,8 +57,8 @@ class LoadedConfig:
 
     Attributes:
         config: the configuration; derived values are filled in.
-        provenance: dotted key to every value given for it, lowest precedence first; the last one counts. A key that is
-            not in it has its default.
+        provenance: dotted key to every value given for it, lowest precedence first; the last one counts. A
+            key that is not in it has its default.
     """
 
     config: RunConfig
@@ -91,7 +100,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
 
 
 def dump_resolved(config: RunConfig) -> str:
-    """The whole configuration as YAML, derived values included; ``load_config`` reads it back to an equal one.
+    """The whole configuration as YAML, derived values included; ``load_config`` reads it back.
 
     Settings without effect in this configuration are left out.
     """
@@ -165,7 +174,7 @@ def nullable_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> set[s
 
 
 def _build(values: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
-    """Validate. With problems among single settings, the rules between the sound ones are checked all the same."""
+    """Validate; when single settings are wrong, the rules between the others are checked all the same."""
     problems: list[Problem] = []
     try:
         config = RunConfig.model_validate(_nested(values))

@@ -30,7 +30,11 @@ class Problem:
 def config_error(lines: Iterable[str]) -> ConfigError:
     """One error that lists everything, in the order found, each line once."""
     unique = list(dict.fromkeys(lines))
-    head = "1 problem in the configuration:" if len(unique) == 1 else f"{len(unique)} problems in the configuration:"
+    head = (
+        "1 problem in the configuration:"
+        if len(unique) == 1
+        else f"{len(unique)} problems in the configuration:"
+    )
     return ConfigError("\n".join([head, *(f"  {line}" for line in unique)]))
 
 
@@ -63,8 +67,8 @@ def known_sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> list
 def nearest_key(key: str) -> str | None:
     """The known key or section that the writer of ``key`` most likely meant, or None when nothing is near.
 
-    The last word counts most: ``train.lr`` means ``optim.lr`` rather than ``train.steps``. A word that names a setting
-    exactly in another section wins over a similar word in the same one.
+    The last word counts most: ``train.lr`` means ``optim.lr`` rather than ``train.steps``. A word that names
+    a setting exactly in another section wins over a similar word in the same one.
     """
     section, _, word = key.rpartition(".")
     best, best_score = None, 0.0
@@ -86,7 +90,11 @@ def unknown_key(key: str) -> Problem:
         return Problem((key,), f"{key} is not a setting; did you mean {near}?")
     section = key.rpartition(".")[0]
     inside = [k for k in known_keys() if k.startswith(f"{section}.")] if section else []
-    hint = f"settings of {section}: {', '.join(inside)}" if inside else f"sections: {', '.join(RunConfig.model_fields)}"
+    hint = (
+        f"settings of {section}: {', '.join(inside)}"
+        if inside
+        else f"sections: {', '.join(RunConfig.model_fields)}"
+    )
     return Problem((key,), f"{key} is not a setting; {hint}")
 
 
@@ -105,7 +113,10 @@ def type_problem(error: ErrorDetails) -> Problem:
         return Problem((key,), f"{key} is required and has no default; set it in the file or add {key}=VALUE")
     if kind == "literal_error":
         return Problem((key,), f"{key}={_show(value)}; {_choices(value, context)}")
-    return Problem((key,), f"{key}{index}={_show(value)}; {_wanted(kind, context, error['msg'])}{_yaml_hint(kind, value)}")
+    return Problem(
+        (key,),
+        f"{key}{index}={_show(value)}; {_wanted(kind, context, error['msg'])}{_yaml_hint(kind, value)}",
+    )
 
 
 def _choices(value: object, context: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Reading of YAML files and overrides into plain values, each with the place it came from.
 
-A file may name bases, ``base: [../model/small.yaml]``, paths relative to the file. They are merged in order before the
-file itself, later wins, and lists are replaced as a whole. There is no interpolation: a value is what is written.
+A file may name bases, ``base: [../model/small.yaml]``, paths relative to the file. They are merged in order
+before the file itself, later wins, and lists are replaced as a whole. There is no interpolation: a value is
+what is written.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Layer:
     """One file or one override, flattened.
 
     Attributes:
-        values: dotted key to value, in the order written. A section that was set to null stands by its own key.
+        values: dotted key to value, in the order written. A section that was set to null stands by its own
+            key.
         problems: what could not be read, with the place.
         readable: False when nothing of it could be read, so that what it would have given is unknown.
     """
@@ -86,7 +88,9 @@ def _read_file(path: Path, parents: tuple[Path, ...]) -> list[Layer]:
     layers: list[Layer] = []
     bases = content.pop(BASE_KEY, [])
     if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
-        problems.append(f"{path}: base={bases!r}; it must be a list of paths, as in base: [../model/small.yaml]")
+        problems.append(
+            f"{path}: base={bases!r}; it must be a list of paths, as in base: [../model/small.yaml]"
+        )
         bases = []
     for base in bases:
         layers += _read_file(path.parent / base, (*parents, resolved))
@@ -130,11 +134,15 @@ def _read_override(text: str) -> Layer:
     key, equals, _ = text.partition("=")
     if not equals or not key.strip():
         near = nearest_key(text.strip())
-        return _failed(f"override {text!r} has no value; write key=value" + (f", as in {near}=..." if near else ""))
+        return _failed(
+            f"override {text!r} has no value; write key=value" + (f", as in {near}=..." if near else "")
+        )
     if key.strip() == BASE_KEY:
         return _failed("base cannot be overridden on the command line; give another --config file")
     if any(mark in key for mark in "[]") or any(part.isdigit() for part in key.split(".")):
-        return _failed(f"override {text!r} sets part of a list; set the whole list, as in optim.betas=[0.9,0.95]")
+        return _failed(
+            f"override {text!r} sets part of a list; set the whole list, as in optim.betas=[0.9,0.95]"
+        )
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([text.strip()]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:

@@ -246,5 +246,3 @@ class ValidationSet:
         Exact for a document that is cut into several rows, since it is summed token by token; EOS adds none.
         """
         return (self._byte_lengths[batch.tokens] * batch.counted).sum(dim=1)
-
-

@@ -26,7 +26,6 @@ EVALUATION_GROUP = 64
 TOKEN_DRAW = 0
 BLOCK_DRAW = 1
 RESAMPLE_DRAW = 2
-CHOICE_DRAW = 4
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ def draw_noise(
     """
     if x0.shape != layout.shape or maskable.shape != x0.shape or layout.block_size != plan.block_size:
         raise ShapeError(
-            f"x0 {tuple(x0.shape)}, layout {layout.shape} and maskable {tuple(maskable.shape)} must be equal, and so "
-            f"must layout.block_size={layout.block_size} and plan.block_size={plan.block_size}"
+            f"x0 {tuple(x0.shape)}, layout {layout.shape} and maskable {tuple(maskable.shape)} must agree "
+            f"and so must layout.block_size={layout.block_size} and plan.block_size={plan.block_size}"
         )
     token_u, block_u = keyed_uniforms(
         layout,

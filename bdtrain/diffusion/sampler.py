@@ -285,10 +285,11 @@ class _BlockRun:
         size = self.settings.block_size
         for number in range(max(len(row.prompt) // size for row in self.rows)):
             here = [index for index, row in enumerate(self.rows) if len(row.prompt) // size > number]
-            for index in here:
-                tokens = self.rows[index].prompt[number * size : (number + 1) * size]
-                self.block[index] = torch.tensor(tokens, device=self.device)
-                self.start[index] = number * size
+            window = slice(number * size, (number + 1) * size)
+            self.block[here] = torch.tensor(
+                [self.rows[index].prompt[window] for index in here], device=self.device
+            )
+            self.start[here] = number * size
             self._store(here)
 
     def _store(self, here: list[int]) -> None:
@@ -312,15 +313,16 @@ class _BlockRun:
     def _open_blocks(self, here: list[int]) -> None:
         """Begin the block of the next position of some rows: the prompt's tail, if any, then masks."""
         settings = self.settings
+        size, starts, blocks = settings.block_size, [], []
         for index in here:
             row = self.rows[index]
-            first = row.length // settings.block_size * settings.block_size
-            self.start[index] = first
-            self.block[index] = settings.mask_id
+            first = row.length // size * size
             tail = row.prompt[first:]
-            if tail:
-                self.block[index, : len(tail)] = torch.tensor(tail, device=self.device)
-            self.call[index] = 0
+            starts.append(first)
+            blocks.append(tail + [settings.mask_id] * (size - len(tail)))
+        self.start[here] = torch.tensor(starts, device=self.device)
+        self.block[here] = torch.tensor(blocks, device=self.device)
+        self.call[here] = 0
         if settings.method in ("ancestral", "first_hitting"):
             chosen = torch.tensor(here, dtype=torch.int64, device=self.device)
             self.events[chosen] = self._draw_events(chosen)
@@ -356,15 +358,26 @@ class _BlockRun:
             never = torch.iinfo(torch.int64).max
             events = torch.where(masked, self.events, never)
             lifted = masked & (events == events.amin(dim=1, keepdim=True))
-            tokens, _ = draw_tokens(logits[lifted], u[lifted], settings)
+            tokens, _ = self._draw(logits, u, lifted)
             self.block[lifted] = tokens
         else:
-            tokens, confidence = draw_tokens(logits[masked], u[masked], settings)
+            tokens, confidence = self._draw(logits, u, masked)
             candidates = self.block.masked_scatter(masked, tokens)
             scores = torch.full_like(u, -1.0).masked_scatter(masked, confidence)
             lifted = masked & self._accepted(scores)
             self.block = torch.where(lifted, candidates, self.block)
         self.call += 1
+
+    def _draw(self, logits: Tensor, u: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and their probabilities at the places ``where``, bool [rows, block_size]."""
+        settings = self.settings
+        return draw_tokens(
+            logits[where],
+            u[where],
+            mask_id=settings.mask_id,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
 
     def _accepted(self, scores: Tensor) -> Tensor:
         """Which candidates are kept; scores [rows, block_size], -1 where there is none."""
@@ -382,9 +395,9 @@ class _BlockRun:
         if not indexes:
             return
         going_on = []
-        for index in indexes:
+        for index, block in zip(indexes, self.block[indexes].tolist(), strict=True):
             row = self.rows[index]
-            row.accept(self.block[index, row.length % settings.block_size :].tolist(), settings)
+            row.accept(block[row.length % settings.block_size :], settings)
             if row.stopped_by:
                 self.active[index] = False
             else:
@@ -425,7 +438,9 @@ def _continue_token_by_token(
         logits = denoise.logits(tokens, positions, cache, True, None if len(rows) == 1 else active)[:, 0]
         step += 1
         u = uniforms(settings.key, sample, 0, step, _TOKEN_DRAW)
-        drawn = draw_tokens(logits, u, settings)[0].tolist()
+        drawn = draw_tokens(
+            logits, u, mask_id=settings.mask_id, temperature=settings.temperature, top_p=settings.top_p
+        )[0].tolist()
         for index in here:
             rows[index].network_calls += 1
             if step >= len(rows[index].prompt):
@@ -433,27 +448,31 @@ def _continue_token_by_token(
                 rows[index].accept([drawn[index]], settings)
 
 
-def draw_tokens(logits: Tensor, u: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    logits: Tensor, u: Tensor, *, mask_id: int, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row of logits by inverting the CDF, in float64.
 
     Args:
         logits: [rows, vocab]; [MASK] is excluded here whatever it holds.
         u: uniforms in [0, 1), float64 [rows].
-        settings: temperature, top_p and mask_id.
+        mask_id: id of [MASK].
+        temperature: logits are divided by it; 0 takes the most probable token.
+        top_p: mass that is kept, in (0, 1].
 
     Returns:
         Token ids, int64 [rows], and their probability under the network itself (temperature 1, no top-p),
         float64 [rows].
     """
     scores = logits.to(torch.float64).clone()
-    scores[:, settings.mask_id] = -torch.inf
+    scores[:, mask_id] = -torch.inf
     plain = scores.softmax(dim=-1)
-    if settings.temperature == 0.0:
+    if temperature == 0.0:
         token = scores.argmax(dim=-1)
     else:
-        chances = plain if settings.temperature == 1.0 else (scores / settings.temperature).softmax(dim=-1)
-        if settings.top_p < 1.0:
-            chances = keep_top_p(chances, settings.top_p)
+        chances = plain if temperature == 1.0 else (scores / temperature).softmax(dim=-1)
+        if top_p < 1.0:
+            chances = keep_top_p(chances, top_p)
         cumulative = chances.cumsum(dim=-1)
         total = cumulative[:, -1]
         # u below 1 can still round up to the total, where every token would be passed over.

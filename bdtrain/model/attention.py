@@ -147,14 +147,16 @@ class QueryKeyValueLinear(ColumnParallelLinear):  # type: ignore[misc]
         if query_rows is None:
             fused, _ = super().forward(input_, weight, runtime_gather_output)
             return fused, None
-        fused, _ = super().forward(input_[:query_rows])
+        # One split, not two slices: backward is a concatenation, not two zero-filled buffers and a sum.
+        first, rest = input_.split((query_rows, input_.shape[0] - query_rows))
+        fused, _ = super().forward(first)
         head_dim = self.config.kv_channels
         heads_per_group = self.config.num_attention_heads // self.config.num_query_groups
         groups = self.weight.unflatten(0, (-1, (heads_per_group + 2) * head_dim))
         # The same call as ColumnParallelLinear makes, on some rows of its weight: with several
         # tensor-parallel ranks the input's gradient is summed over them inside.
-        rest = linear_with_grad_accumulation_and_async_allreduce(
-            input_[query_rows:],
+        keys_values = linear_with_grad_accumulation_and_async_allreduce(
+            rest,
             groups[:, heads_per_group * head_dim :].flatten(0, 1),
             None,
             gradient_accumulation_fusion=False,
@@ -162,7 +164,7 @@ class QueryKeyValueLinear(ColumnParallelLinear):  # type: ignore[misc]
             sequence_parallel=self.sequence_parallel,
             tp_group=self.tp_group,
         )
-        return fused, rest
+        return fused, keys_values
 
 
 class UnbiasedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]

@@ -67,7 +67,7 @@ class CacheContext:
         stored_k.transpose(1, 2)[self.rows, self.slots] = k.transpose(1, 2).to(stored_k.dtype)
         stored_v.transpose(1, 2)[self.rows, self.slots] = v.transpose(1, 2).to(stored_v.dtype)
         return cache_attention(
-            q, stored_k[:, :, : self.keys], stored_v[:, :, : self.keys], self.key_mask, scale
+            q, stored_k[:, :, : self.keys], stored_v[:, :, : self.keys], self.key_mask, scale=scale
         )
 
 

@@ -120,6 +120,8 @@ def build_transformer_config(
         "block_attention_backend": attention_backend or model.attention_backend,
         **_FLAGS,
     }
+    if getattr(TransformerConfig, "cuda_graph_scope", None) == "full":
+        settings["cuda_graph_scope"] = []  # the default of 0.16 warns of itself
     return BDTransformerConfig(**{**settings, **overrides})
 
 
@@ -168,7 +170,7 @@ def _find_problems(model: ModelConfig, vocab_size: int, mask_id: int, padded: in
         (model.shape in SHAPES, f"model.shape={model.shape!r} does not exist; choose {' or '.join(SHAPES)}"),
         (
             model.head_dim % 2 == 0,
-            f"head_dim={model.head_dim} is odd; rotary positions turn pairs, so choose an even model.head_dim",
+            f"head_dim={model.head_dim} is odd; rotary positions turn pairs, choose an even model.head_dim",
         ),
         (
             heads % kv_heads == 0,

@@ -41,12 +41,15 @@ class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
         self.register_buffer("excluded_columns", excluded, persistent=False)
         self.first_id = int(ids[0])
 
-    def forward(self, input_: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_: Tensor, targets: Tensor | None = None, row_weights: Tensor | None = None
+    ) -> Tensor:
         """Project.
 
         Args:
             input_: normed hidden states, [rows, hidden].
             targets: token ids, int64 [rows]; only where one rank holds the whole vocabulary.
+            row_weights: what the caller will multiply the nll by, [rows]; see ``ParallelVocabView.nll``.
 
         Returns:
             Local logits [rows, local vocabulary] with -inf at [MASK] and padding, or the nll of ``targets``
@@ -58,8 +61,9 @@ class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
                 self.weight,
                 self.bias,
                 targets,
-                excluded=torch.tensor([self.config.mask_id], device=input_.device),
+                excluded=[self.config.mask_id],
                 vocab_size=self.config.vocab_size,
+                row_weights=row_weights,
             )
         logits, _ = super().forward(input_)
         return logits.masked_fill(self.excluded_columns, float("-inf"))
@@ -99,15 +103,18 @@ class ParallelVocabView:
             self._local = local.float() if local.dtype in (torch.bfloat16, torch.float16) else local
         return self._local
 
-    def nll(self, ids: Tensor) -> Tensor:
+    def nll(self, ids: Tensor, row_weights: Tensor | None = None) -> Tensor:
         """-log p of one token per row, [rows].
 
         Args:
             ids: token ids, int64 [rows]; neither [MASK] nor padding.
+            row_weights: what the caller will multiply the rows by before summing, [rows], up to one common
+                factor. It changes no value; where one rank holds the vocabulary it saves computing the head
+                again in the backward pass.
         """
         self._check(ids)
         if self._group.size() == 1 and self._local is None:
-            return self._head(self._hidden, ids)
+            return self._head(self._hidden, ids, row_weights)
         return self.logsumexp() - self.values_at(ids)
 
     def logsumexp(self) -> Tensor:

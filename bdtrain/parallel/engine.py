@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.parallel.cpu import schedule_device_context
 
 AVERAGE_KEY = "ema"
@@ -81,11 +82,15 @@ class Engine:
             model=model, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False
         )
         self._client_optimizer = optimizer
+        create_state = getattr(optimizer, "create_state", None)
+        if create_state is not None:
+            create_state()
+        self._applied = False
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> TwoStreamTransformer:
         """The model."""
-        module: nn.Module = self._engine.module
+        module: TwoStreamTransformer = self._engine.module
         return module
 
     @property
@@ -110,7 +115,9 @@ class Engine:
         skipped = self.skipped_steps
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return StepOutcome(applied=self.skipped_steps == skipped, grad_norm=float(norm))
+        applied = self.skipped_steps == skipped
+        self._applied |= applied
+        return StepOutcome(applied=applied, grad_norm=float(norm))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[bool]:
@@ -135,7 +142,7 @@ class Engine:
                 parameter.data.copy_(value)
 
     def _has_average(self) -> bool:
-        return any(AVERAGE_KEY in state for state in self._client_optimizer.state.values())
+        return self._applied and any(AVERAGE_KEY in state for state in self._client_optimizer.state.values())
 
     def close(self) -> None:
         """Release DeepSpeed's buffers and hooks."""

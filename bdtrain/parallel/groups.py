@@ -6,7 +6,9 @@ argument.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,12 +67,19 @@ def prepare_deepspeed() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
+    import deepspeed.utils.logging
 
-    # On a CPU DeepSpeed builds a C++ op in every process for a collective that training never calls: 26 s
-    # idle, minutes under load, and a killed build leaves a lock on which later runs wait for ever.
-    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
-    if compatible is not None and not torch.cuda.is_available():
-        compatible["deepspeed_shm_comm"] = False
+    # On a CPU DeepSpeed runs the compiler to see which of its ops could be built, then builds one in every
+    # process for a collective that training never calls: 26 s idle, minutes under load, and a killed build leaves
+    # a lock on which later runs wait for ever. The answer is given before the question: none.
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    deepspeed.utils.logging.logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of DeepSpeed's log says something: our AdamW is torch's, and was tested with ZeRO."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def init_process_group(launch: Launch, *, timeout_s: float = 1800.0) -> None:
@@ -82,6 +91,8 @@ def init_process_group(launch: Launch, *, timeout_s: float = 1800.0) -> None:
     """
     if dist.is_initialized():
         return
+    # DeepSpeed reads them again, and wants them even in a world of one.
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(launch.local_rank)

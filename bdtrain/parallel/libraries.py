@@ -17,5 +17,7 @@ def prepare_libraries() -> None:
     warnings.filterwarnings(
         "ignore", message=".*_all_gather_base.*|.*all_gather_into_tensor.*", category=FutureWarning
     )
+    warnings.filterwarnings("ignore", message="Apex is not installed.*", category=UserWarning)
+    warnings.filterwarnings("ignore", message="full scope is deprecated.*", category=UserWarning)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")

@@ -17,13 +17,14 @@ from bdtrain.data.build import build_loader, build_source
 from bdtrain.data.loader import Loader
 from bdtrain.errors import ConfigError, NonFiniteError
 from bdtrain.model.build import build_model
+from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.model.weights import full_state
 from bdtrain.parallel.engine import Engine, deepspeed_settings
 from bdtrain.parallel.groups import Launch, init_groups, prepare_deepspeed
 from bdtrain.parallel.mpu import MegatronGrid
 from bdtrain.tracking.console import Console, format_count, format_seconds
 from bdtrain.tracking.jsonl import JsonlWriter
-from bdtrain.train.folder import claim_run_folder
+from bdtrain.train.folder import check_run_folder, claim_run_folder
 from bdtrain.train.optim import AveragedAdamW, learning_rate, parameter_groups
 from bdtrain.train.step import StepResult, train_step
 from bdtrain.validation.evaluate import Evaluator, build_objective, training_plan
@@ -70,6 +71,7 @@ def run_training(config: RunConfig, launch: Launch, *, console: Console) -> RunS
         NonFiniteError: after ``train.max_nonfinite_steps`` skipped steps in a row.
     """
     started = time.monotonic()
+    check_run_folder(Path(config.run.folder))
     device = prepare_machine(config, launch)
     loader = build_loader(
         config.data,
@@ -80,7 +82,6 @@ def run_training(config: RunConfig, launch: Launch, *, console: Console) -> RunS
         dp_size=1,
     )
     config = with_vocabulary(config, loader)
-    folder = claim_run_folder(config)
     groups = init_groups(launch)
     model = build_model(
         config.model,
@@ -90,6 +91,8 @@ def run_training(config: RunConfig, launch: Launch, *, console: Console) -> RunS
         device=device,
     )
     engine = build_engine(config, model)
+    # Last, so that a run that could not start leaves no folder behind.
+    folder = claim_run_folder(config)
     trainer = _Trainer(config, engine, loader, groups.dp, device, console, folder)
     console.line(
         f"{config.diffusion.algo}, block size {config.diffusion.block_size}: "
@@ -143,7 +146,7 @@ def with_vocabulary(config: RunConfig, loader: Loader) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": found})})
 
 
-def build_engine(config: RunConfig, model: torch.nn.Module) -> Engine:
+def build_engine(config: RunConfig, model: TwoStreamTransformer) -> Engine:
     """Optimizer and DeepSpeed engine for a model."""
     optim, train = config.optim, config.train
     optimizer = AveragedAdamW(

@@ -33,22 +33,41 @@ class AveragedAdamW(torch.optim.AdamW):
         self._ema_decay = ema_decay
 
     @torch.no_grad()
+    def create_state(self) -> None:
+        """Make the state of every parameter now rather than at its first update.
+
+        DeepSpeed links parameters to their optimizer state once, after the first group's first update; the state of
+        later groups would be missing from the link.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._create(parameter)
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update of every parameter that has a gradient, then of its average."""
-        if self._ema_decay is None:
-            return super().step(closure)
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        # AdamW fills a parameter's state only when it finds it empty, so the average joins after the first
-        # update.
-        initial = {p: p.detach().clone() for p in updated if AVERAGE_KEY not in self.state[p]}
-        result = super().step(closure)
         for parameter in updated:
-            state = self.state[parameter]
-            average: Tensor = state.setdefault(AVERAGE_KEY, initial.get(parameter))
-            applied = float(state["step"])
-            decay = min(self._ema_decay, (1 + applied) / (10 + applied))
-            average.lerp_(parameter.detach(), 1 - decay)
+            self._create(parameter)
+        result = super().step(closure)
+        if self._ema_decay is not None:
+            for parameter in updated:
+                state = self.state[parameter]
+                applied = float(state["step"])
+                decay = min(self._ema_decay, (1 + applied) / (10 + applied))
+                state[AVERAGE_KEY].lerp_(parameter.detach(), 1 - decay)
         return result
+
+    def _create(self, parameter: Tensor) -> None:
+        """The state that AdamW itself would make, and the average, which starts at the initial weights."""
+        state = self.state[parameter]
+        if state:
+            return
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        if self._ema_decay is not None:
+            state[AVERAGE_KEY] = parameter.detach().clone()
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:

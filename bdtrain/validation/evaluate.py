@@ -22,6 +22,7 @@ from bdtrain.diffusion.objectives.build import make_objective
 from bdtrain.diffusion.plan import NoisePlan, evaluation_plan
 from bdtrain.errors import DataError, TokenizerError
 from bdtrain.model.build import build_model
+from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.model.weights import load_full_state
 from bdtrain.parallel.groups import Launch, init_groups, prepare_deepspeed
 from bdtrain.validation.baselines import Baselines, measure_baselines
@@ -132,7 +133,7 @@ class SavedEvaluation:
         return lines
 
 
-def load_saved(folder: Path, *, device: torch.device | None = None) -> tuple[SavedModel, nn.Module]:
+def load_saved(folder: Path, *, device: torch.device | None = None) -> tuple[SavedModel, TwoStreamTransformer]:
     """Verify a model folder and build its model in this process.
 
     Raises:
@@ -149,7 +150,8 @@ def load_saved(folder: Path, *, device: torch.device | None = None) -> tuple[Sav
         device=device,
     )
     load_full_state(model, saved.state())
-    return saved, model.eval()
+    model.eval()
+    return saved, model
 
 
 def evaluate_saved(

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from bdtrain.config import RunConfig
 from bdtrain.data.shards import CorpusIndex
 from bdtrain.data.tokenizer import Tokenizer, TokenizerInfo
@@ -15,6 +13,7 @@ from bdtrain.diffusion.keyed import NoiseKey, Purpose
 from bdtrain.diffusion.sampler import generate
 from bdtrain.errors import DataError
 from bdtrain.model.cache import as_denoiser
+from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.validation.evaluate import load_saved
 
 
@@ -47,7 +46,7 @@ def tokenizer_path(config: RunConfig) -> Path | None:
 
 
 def sample_texts(
-    model: nn.Module,
+    model: TwoStreamTransformer,
     config: RunConfig,
     info: TokenizerInfo,
     tokenizer: Tokenizer | None,
@@ -145,7 +144,7 @@ class RunSampler:
         path = tokenizer_path(config)
         self._tokenizer = None if path is None else Tokenizer.load(path)
 
-    def sample(self, model: nn.Module, step: int) -> SampledText | None:
+    def sample(self, model: TwoStreamTransformer, step: int) -> SampledText | None:
         """One continuation of ``validation.sample_prompt``; None when no tokens are asked for.
 
         Args:

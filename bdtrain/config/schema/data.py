@@ -13,20 +13,22 @@ class DataConfig(Section):
     kind: Literal["corpus", "synthetic"] = setting(
         "corpus",
         unit=NO_UNIT,
-        description="corpus reads shards made by tools/preprocess.py; synthetic makes rows from the seed and needs no files.",
+        description="corpus reads shards made by tools/preprocess.py; synthetic makes rows from the seed "
+        "and needs no files.",
     )
     path: str | None = setting(
         None,
         unit="path",
-        description="Corpus folder (it holds index.json), relative to the working directory. Needed with kind corpus.",
+        description="Corpus folder (it holds index.json), relative to the working directory. Needed with "
+        "kind corpus.",
         min_length=1,
     )
     seq_len: Int = setting(1024, unit="tokens", description="Tokens of a row (L).", ge=1, le=2**20)
     documents: Literal["isolate", "ignore"] = setting(
         "isolate",
         unit=NO_UNIT,
-        description="isolate: blocks restart at each document and nothing is seen across documents. "
-        "ignore: a row is one document, as in the paper.",
+        description="isolate: blocks restart at each document and nothing is seen across documents. ignore: "
+        "a row is one document, as in the paper.",
     )
     window_shards: Int = setting(
         16, unit="shards", description="Shards shuffled together; the range of the shuffle.", ge=1
@@ -34,8 +36,8 @@ class DataConfig(Section):
     lanes: Int = setting(
         64,
         unit="lanes",
-        description="Lanes that the rows of a window are dealt to. A data-parallel size that divides it lets each rank "
-        "read only its own members. Part of the order: changing it changes the run.",
+        description="Lanes that the rows of a window are dealt to. A data-parallel size that divides it "
+        "lets each rank read only its own members. Part of the order: changing it changes the run.",
         ge=1,
     )
     epoch_tokens: Int | None = setting(
@@ -51,8 +53,6 @@ class DataConfig(Section):
         "fail", unit=NO_UNIT, description="What a damaged shard does: fail stops with its name and offset."
     )
     synthetic_vocab_size: Int = setting(
-        256, unit="tokens", description="Vocabulary of the synthetic rows.", ge=8
+        256, unit="tokens", description="Vocabulary of the synthetic rows.", ge=16
     )
-    synthetic_tokens: Int = setting(
-        2**20, unit="tokens", description="Tokens of one synthetic epoch.", ge=1
-    )
+    synthetic_tokens: Int = setting(2**20, unit="tokens", description="Tokens of one synthetic epoch.", ge=1)

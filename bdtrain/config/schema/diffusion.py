@@ -40,20 +40,20 @@ class PlanConfig(Section):
     kind: Literal["count", "bernoulli"] = setting(
         "count",
         unit=NO_UNIT,
-        description="count draws the number of masked tokens of a block (t integrated out); bernoulli draws t and masks "
-        "each token by itself.",
+        description="count draws the number of masked tokens of a block (t integrated out); bernoulli draws "
+        "t and masks each token by itself.",
     )
     clip_range: Pair | None = setting(
         None,
         unit="move_chance",
-        description="Interval [beta, omega] of the masking probability drawn in training. null is the full range; "
-        "[1, 1] masks everything. Linear schedule only.",
+        description="Interval [beta, omega] of the masking probability drawn in training. null is the full "
+        "range; [1, 1] masks everything. Linear schedule only.",
     )
     weighting: Literal["elbo", "reference", "flat"] = setting(
         "elbo",
         unit=NO_UNIT,
-        description="Weight of the loss: elbo restricts the bound to the range, reference is the published code's 1/t, "
-        "flat is 1.",
+        description="Weight of the loss: elbo restricts the bound to the range, reference is the published "
+        "code's 1/t, flat is 1.",
     )
     resample: bool = setting(
         False,
@@ -63,8 +63,8 @@ class PlanConfig(Section):
     strata: Literal["permuted", "reference_grid", "independent"] = setting(
         "permuted",
         unit=NO_UNIT,
-        description="How draws are spread over the global batch: permuted strata, the published code's fixed grid, or "
-        "independent draws.",
+        description="How draws are spread over the global batch: permuted strata, the published code's "
+        "fixed grid, or independent draws.",
     )
 
 
@@ -74,21 +74,22 @@ class DiffusionConfig(Section):
     algo: Literal["block_diffusion", "mdlm", "ar"] = setting(
         "block_diffusion",
         unit=NO_UNIT,
-        description="Objective: block_diffusion, or the baselines mdlm (one block per row) and ar (next token).",
+        description="Objective: block_diffusion, or the baselines mdlm (one block per row) and ar (next "
+        "token).",
     )
     block_size: Annotated[int, derived_int(_block_size)] = setting(
         None,
         unit="tokens",
-        description="Tokens per diffusion block (L'); divides data.seq_len. null means 16 with block_diffusion, "
-        "data.seq_len with mdlm and 1 with ar.",
+        description="Tokens per diffusion block (L'); divides data.seq_len. null means 16 with "
+        "block_diffusion, data.seq_len with mdlm and 1 with ar.",
         validate_default=True,
         ge=1,
     )
     schedule: ScheduleName = setting(
         "linear",
         unit=NO_UNIT,
-        description="Masking probability as a function of t. The reference_* forms repeat the published code's "
-        "clamps, for parity.",
+        description="Masking probability as a function of t. The reference_* forms repeat the published "
+        "code's clamps, for parity.",
     )
     noise_copies: Int = setting(
         1, unit="copies", description="Noisy copies that share one clean stream in a forward pass (C).", ge=1

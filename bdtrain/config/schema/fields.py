@@ -1,8 +1,8 @@
 """How a setting is declared: a typed field with a meaning, a unit and its bounds.
 
-Every section of the schema is a frozen pydantic model of such fields. Types are strict, because a lenient reading turns
-typos into values ("yes" into 1); the two leniencies that users of YAML expect are here: a whole float for an integer
-(``train.steps=1e6``) and a list for a tuple.
+Every section of the schema is a frozen pydantic model of such fields. Types are strict, because a lenient
+reading turns typos into values ("yes" into 1). Two leniencies that users of YAML expect are here: a whole
+float for an integer (``train.steps=1e6``) and a list for a tuple.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def setting(default: Any = PydanticUndefined, *, unit: str, description: str, **
         default: value when nothing is given; left out, the setting is required.
         unit: what the number counts (``tokens``, ``steps``), or ``NO_UNIT``.
         description: what the setting means, one or two sentences.
-        **options: bounds and other arguments of ``pydantic.Field`` (``ge``, ``gt``, ``le``, ``lt``, ``validate_default``).
+        **options: bounds and other arguments of ``pydantic.Field`` (``ge``, ``gt``, ``le``, ``lt``,
+            ``validate_default``).
 
     Returns:
         The pydantic field.
@@ -58,11 +59,12 @@ Pair = Annotated[tuple[float, float], BeforeValidator(_tuple, json_schema_input_
 def derived_int(derive: Callable[[dict[str, Any]], int]) -> BeforeValidator:
     """A validator that turns ``null`` into a value computed from the fields above it in the same section.
 
-    The field is then an ``int`` for every reader: nobody repeats the rule. Use it with ``validate_default=True``.
+    The field is then an ``int`` for every reader: nobody repeats the rule. Use it with
+    ``validate_default=True``.
 
     Args:
-        derive: the rule, from the validated fields above. It raises KeyError when one of them was refused; that error is
-            reported by itself, and a harmless 1 stands in.
+        derive: the rule, from the validated fields above. It raises KeyError when one of them was refused;
+            that error is reported by itself, and a harmless 1 stands in.
 
     Returns:
         The validator, for use inside ``Annotated``.

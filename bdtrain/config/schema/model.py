@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from bdtrain.config.schema.fields import NO_UNIT, Int, Section, derived_int, setting
 
 FFN_MULTIPLE = 64
-"""A derived ``ffn_size`` is rounded up to this, so that matrix sizes stay friendly to tiles and to tensor parallelism."""
+"""A derived ``ffn_size`` is rounded up to this: friendly to tiles and to tensor parallelism."""
 
 
 def _num_kv_heads(above: dict[str, Any]) -> int:
@@ -32,8 +32,9 @@ class ModelConfig(Section):
     shape: Literal["qwen3", "bd3lm"] = setting(
         "qwen3",
         unit=NO_UNIT,
-        description="Kind of layer. qwen3: RMSNorm, SwiGLU, grouped-query attention, per-head query/key norm, no biases. "
-        "bd3lm: the published block diffusion network (LayerNorm, tanh-GELU, biases, multi-head attention).",
+        description="Kind of layer. qwen3: RMSNorm, SwiGLU, grouped-query attention, per-head query/key "
+        "norm, no biases. bd3lm: the published block diffusion network (LayerNorm, tanh-GELU, biases "
+        "outside attention, multi-head attention).",
     )
     num_layers: Int = setting(unit="layers", description="Transformer layers.", ge=1)
     hidden_size: Int = setting(unit="channels", description="Width of the residual stream.", ge=1)
@@ -55,8 +56,8 @@ class ModelConfig(Section):
     ffn_size: Annotated[int, derived_int(_ffn_size)] = setting(
         None,
         unit="channels",
-        description="Inner width of the feed-forward part. null means 8/3 of hidden_size rounded up to a multiple of 64 "
-        "(qwen3) or 4 times hidden_size (bd3lm).",
+        description="Inner width of the feed-forward part. null means 8/3 of hidden_size rounded up to a "
+        "multiple of 64 (qwen3) or 4 times hidden_size (bd3lm).",
         validate_default=True,
         ge=1,
     )
@@ -69,7 +70,8 @@ class ModelConfig(Section):
     vocab_multiple: Int = setting(
         128,
         unit="tokens",
-        description="The embedding and the head are padded to a multiple of this; the padding rows are never predicted.",
+        description="The embedding and the head are padded to a multiple of this; the padding rows are "
+        "never predicted.",
         ge=1,
     )
     rope_base: float = setting(
@@ -84,13 +86,13 @@ class ModelConfig(Section):
     init_std: float = setting(
         0.02,
         unit=NO_UNIT,
-        description="Standard deviation of the initial weights; projections into the residual stream are scaled down "
-        "by the square root of twice num_layers.",
+        description="Standard deviation of the initial weights; projections into the residual stream are "
+        "scaled down by the square root of twice num_layers.",
         gt=0,
     )
     attention_backend: Literal["auto", "dense", "tree"] = setting(
         "auto",
         unit=NO_UNIT,
-        description="Attention path. auto picks by device and size; dense is the plain masked form, tree skips the pairs "
-        "that the block mask forbids.",
+        description="Attention path. auto picks by device and size; dense is the plain masked form, tree "
+        "skips the pairs that the block mask forbids.",
     )

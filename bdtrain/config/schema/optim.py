@@ -19,13 +19,16 @@ class OptimConfig(Section):
         0.0, unit=NO_UNIT, description="Decoupled weight decay; matrices only.", ge=0
     )
     grad_clip_norm: float | None = setting(
-        1.0, unit=NO_UNIT, description="Gradients are scaled down to this global norm. null turns it off.", gt=0
+        1.0,
+        unit=NO_UNIT,
+        description="Gradients are scaled down to this global norm. null turns it off.",
+        gt=0,
     )
     schedule: Literal["constant", "cosine", "wsd"] = setting(
         "constant",
         unit=NO_UNIT,
-        description="Learning rate after the warm-up: constant, cosine to the last step, or wsd (constant, then a linear "
-        "decay over the last decay_steps).",
+        description="Learning rate after the warm-up: constant, cosine to the last step, or wsd (constant, "
+        "then a linear decay over the last decay_steps).",
     )
     warmup_steps: Int = setting(
         0, unit="steps", description="Steps of the linear warm-up from 0 (the paper: 2500).", ge=0
@@ -43,7 +46,8 @@ class OptimConfig(Section):
     ema_decay: float | None = setting(
         0.9999,
         unit=NO_UNIT,
-        description="Decay of the averaged weights that evaluation uses, per applied step. null turns the average off.",
+        description="Decay of the averaged weights that evaluation uses, per applied step. null turns the "
+        "average off.",
         gt=0,
         lt=1,
     )
@@ -57,12 +61,14 @@ class TrainConfig(Section):
     """Length of the run and the cut of its batches."""
 
     steps: Int = setting(unit="steps", description="Optimizer steps of the whole run.", ge=1)
-    global_batch_size: Int = setting(unit="rows", description="Rows per optimizer step, over all ranks.", ge=1)
+    global_batch_size: Int = setting(
+        unit="rows", description="Rows per optimizer step, over all ranks.", ge=1
+    )
     micro_batch_size: Annotated[int, derived_int(_micro_batch_size)] = setting(
         None,
         unit="rows",
-        description="Rows per forward pass on one rank; divides global_batch_size. Memory only: the result does not "
-        "depend on it. null means global_batch_size.",
+        description="Rows per forward pass on one rank; divides global_batch_size. Memory only: the result "
+        "does not depend on it. null means global_batch_size.",
         validate_default=True,
         ge=1,
     )
@@ -76,12 +82,15 @@ class TrainConfig(Section):
         ge=1,
     )
     log_every_steps: Int = setting(10, unit="steps", description="Steps between two progress lines.", ge=1)
-    zero_stage: Literal[1, 2, 3] = setting(
+    zero_stage: Literal[1, 2] = setting(
         1,
         unit=NO_UNIT,
-        description="What DeepSpeed ZeRO partitions over data-parallel ranks: 1 optimizer state, 2 also gradients, "
-        "3 also weights.",
+        description="What DeepSpeed ZeRO partitions over data-parallel ranks: 1 optimizer state, 2 also "
+        "gradients.",
     )
     max_nonfinite_steps: Int = setting(
-        10, unit="steps", description="Skipped steps in a row (loss or gradient not finite) that end the run.", ge=1
+        10,
+        unit="steps",
+        description="Skipped steps in a row (loss or gradient not finite) that end the run.",
+        ge=1,
     )

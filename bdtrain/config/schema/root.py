@@ -18,13 +18,18 @@ from bdtrain.config.schema.validation import CheckpointConfig, ValidationConfig
 class RunConfig(Section):
     """What a run is. Each section owns its defaults.
 
-    Rules that join settings live in ``bdtrain.config.checks``; ``load_config`` applies them, this class alone does not.
+    Rules that join settings live in ``bdtrain.config.checks``; ``load_config`` applies them, this class alone
+    does not.
     """
 
     run: RunSection = Field(default_factory=RunSection, description="Name, folder and seed.")
     model: ModelConfig = Field(description="Shape of the network.")
-    data: DataConfig = Field(default_factory=DataConfig, description="Which tokens are read and in which order.")
-    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig, description="The objective and its noise.")
+    data: DataConfig = Field(
+        default_factory=DataConfig, description="Which tokens are read and in which order."
+    )
+    diffusion: DiffusionConfig = Field(
+        default_factory=DiffusionConfig, description="The objective and its noise."
+    )
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer and learning rate.")
     train: TrainConfig = Field(description="Length of the run and the cut of its batches.")
     validation: ValidationConfig = Field(
@@ -43,7 +48,9 @@ class RunConfig(Section):
             return values
         data = values.get("data")
         default = DataConfig.model_fields["seq_len"].default
-        seq_len = data.get("seq_len", default) if isinstance(data, dict) else getattr(data, "seq_len", default)
+        seq_len = (
+            data.get("seq_len", default) if isinstance(data, dict) else getattr(data, "seq_len", default)
+        )
         return {**values, "diffusion": {**diffusion, "block_size": seq_len}}
 
     @property

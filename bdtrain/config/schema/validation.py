@@ -11,7 +11,10 @@ class ValidationConfig(Section):
     """Likelihood on held-out rows, and a sample to look at."""
 
     every_steps: Int = setting(
-        0, unit="steps", description="Steps between two validations; 0 validates only at the ends of the run.", ge=0
+        0,
+        unit="steps",
+        description="Steps between two validations; 0 validates only at the ends of the run.",
+        ge=0,
     )
     at_start: bool = setting(True, unit=NO_UNIT, description="Validate before the first step.")
     sequences: Int | None = setting(
@@ -32,8 +35,8 @@ class ValidationConfig(Section):
     sample_steps: Int | None = setting(
         None,
         unit="steps",
-        description="Denoising steps per block. null means one per token of the block; not with first_hitting or "
-        "confidence.",
+        description="Denoising steps per block. null means one per token of the block; not with "
+        "first_hitting or confidence.",
         ge=1,
     )
     sample_prompt: str = setting("", unit="text", description="Text that the sample continues.")

@@ -71,4 +71,4 @@ class Autoregressive:
 
     def loss(self, view: VocabView, targets: Tensor, weight: Tensor) -> Tensor:
         """-log p(next token) of each row, float32 [rows]."""
-        return view.nll(targets) * weight
+        return view.nll(targets, row_weights=weight) * weight

@@ -53,13 +53,8 @@ class BlockDiffusion:
 
     @property
     def tables(self) -> PlanTables:
-        """The compiled plan, on the host."""
+        """The compiled plan, on the device that ``corrupt`` last worked on (at first the host)."""
         return self._tables
-
-    def to(self, device: torch.device | str) -> BlockDiffusion:
-        """Move the plan's tables to ``device``, so that ``corrupt`` copies nothing; returns itself."""
-        object.__setattr__(self, "_tables", self._tables.to(device))
-        return self
 
     def layout(self, documents: Tensor) -> BlockLayout:
         """Blocks of ``plan.block_size`` tokens; ``documents`` int32 [batch, seq]."""
@@ -92,13 +87,15 @@ class BlockDiffusion:
         copies: int,
     ) -> Corrupted:
         """Noise a batch; see ``Objective.corrupt``. The rows are the masked tokens."""
-        tables = self._tables if self._tables.packed_cdf.device == x0.device else self._tables.to(x0.device)
+        if self._tables.packed_cdf.device != x0.device:
+            # Kept there: a copy per step would make the host wait. The values do not change.
+            object.__setattr__(self, "_tables", self._tables.to(x0.device))
         noise = draw_noise(
             x0,
             layout,
             counted,
             self.plan,
-            tables,
+            self._tables,
             mask_id=self.mask_id,
             key=key,
             sample_index=sample_index,
@@ -124,4 +121,4 @@ class BlockDiffusion:
         Source: the SUBS parameterisation of arXiv 2406.07524: [MASK] is never predicted (the view excludes
         it) and a visible token costs nothing (it is no row).
         """
-        return view.nll(targets) * weight
+        return view.nll(targets, row_weights=weight) * weight

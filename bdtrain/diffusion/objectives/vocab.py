@@ -27,8 +27,14 @@ class VocabView(Protocol):
         """V, [MASK] included, padding not."""
         ...
 
-    def nll(self, ids: Tensor) -> Tensor:
-        """-log p(id) of each row, float32 [rows]; ``ids`` int64 [rows]."""
+    def nll(self, ids: Tensor, row_weights: Tensor | None = None) -> Tensor:
+        """-log p(id) of each row, float32 [rows].
+
+        Args:
+            ids: int64 [rows].
+            row_weights: what the caller will multiply the rows with before summing, up to one factor, [rows].
+                Changes no value; a fused head uses it to make its gradients in the forward pass.
+        """
         ...
 
     def logits(self) -> Tensor:
@@ -90,8 +96,8 @@ class DenseVocabView:
         """V, [MASK] included, padding not."""
         return self._vocab_size
 
-    def nll(self, ids: Tensor) -> Tensor:
-        """-log p(id) of each row, [rows]."""
+    def nll(self, ids: Tensor, row_weights: Tensor | None = None) -> Tensor:
+        """-log p(id) of each row, [rows]; ``row_weights`` has no use here."""
         return torch.nn.functional.cross_entropy(self._logits, ids, reduction="none")
 
     def logits(self) -> Tensor:

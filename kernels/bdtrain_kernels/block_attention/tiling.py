@@ -66,6 +66,27 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """One document, or the one document that every row is; its tiles follow each other, row by row.
+
+    Attributes:
+        row: first row of the batch.
+        rows: number of rows.
+        start: first position of the document.
+        length: its tokens.
+        first_tile: its first tile.
+        count: its tiles in each row.
+    """
+
+    row: int
+    rows: int
+    start: int
+    length: int
+    first_tile: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Tiling:
     """The tiles of a batch and the tree over them.
 
@@ -79,10 +100,7 @@ class Tiling:
             None when all are seen.
         noisy_clean: the same for noisy rows against clean keys of their tile; None with ``one_block`` (none is seen).
         clean_clean: the same for clean rows against clean keys of their tile; None when all are seen.
-        source: token (row * seq + position) in each slot of each tile, int64 [tiles * tile]; empty slots repeat a token.
-            None when every row is one document.
-        empty: slots that hold no token, bool [tiles * tile]; None when ``source`` is None or no slot is empty.
-        slot: slot of each token, int64 [batch * seq]; None when ``source`` is None.
+        strips: documents that lie alike, in the order of their tiles.
         levels: (even runs, odd runs) of every level.
     """
 
@@ -94,9 +112,7 @@ class Tiling:
     noisy_own: Tensor | None
     noisy_clean: Tensor | None
     clean_clean: Tensor | None
-    source: Tensor | None
-    empty: Tensor | None
-    slot: Tensor | None
+    strips: tuple[Strip, ...]
     levels: tuple[tuple[Span, Span], ...]
 
 
@@ -135,10 +151,6 @@ def build_tiling(layout: Layout, tile: int | None = None) -> Tiling:
     padding = None
     if min(lengths) < tile:
         padding = torch.arange(tile, device=device) >= filled.unsqueeze(1)  # [tiles, tile]
-    source = empty = slot = None
-    if not layout.single_document:
-        source, slot = _slots(fragments, counts, tile, seq, device)
-        empty = None if padding is None else padding.flatten()
     one_block = tile <= layout.block_size
     noisy_own, noisy_clean, clean_clean = _tile_masks(layout.block_size, tile, padding, one_block, device)
     return Tiling(
@@ -150,9 +162,7 @@ def build_tiling(layout: Layout, tile: int | None = None) -> Tiling:
         noisy_own=noisy_own,
         noisy_clean=noisy_clean,
         clean_clean=clean_clean,
-        source=source,
-        empty=empty,
-        slot=slot,
+        strips=_strips(fragments, counts, alike=batch if layout.single_document else 0),
         levels=_levels(counts, num_tiles, device),
     )
 
@@ -173,21 +183,15 @@ def _fragments(layout: Layout) -> list[tuple[int, int, int]]:
     return [(row, at, n) for (row, at), n in zip(first.tolist(), length.tolist(), strict=True)]
 
 
-def _slots(
-    fragments: list[tuple[int, int, int]], counts: list[int], tile: int, seq: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Token of each slot, and slot of each token."""
-    start = torch.tensor([row * seq + at for row, at, _ in fragments], device=device)
-    length = torch.tensor([n for _, _, n in fragments], device=device)
-    slots = torch.tensor(counts, device=device) * tile
-    number = torch.repeat_interleave(torch.arange(len(fragments), device=device), slots)
-    within = torch.arange(int(slots.sum()), device=device) - (slots.cumsum(0) - slots)[number]
-    # An empty slot repeats the document's last token: any finite values do, its scores are hidden.
-    source = start[number] + torch.minimum(within, length[number] - 1)
-    real = (within < length[number]).nonzero().squeeze(1)
-    slot = torch.empty(int(length.sum()), dtype=torch.int64, device=device)
-    slot[source[real]] = real
-    return source, slot
+def _strips(fragments: list[tuple[int, int, int]], counts: list[int], *, alike: int) -> tuple[Strip, ...]:
+    """A strip per document, or one over ``alike`` rows."""
+    if alike:
+        return (Strip(row=0, rows=alike, start=0, length=fragments[0][2], first_tile=0, count=counts[0]),)
+    strips, first = [], 0
+    for (row, start, length), count in zip(fragments, counts, strict=True):
+        strips.append(Strip(row=row, rows=1, start=start, length=length, first_tile=first, count=count))
+        first += count
+    return tuple(strips)
 
 
 def _tile_masks(

@@ -11,7 +11,6 @@ heads of a group stand beside each other in a tile, since they read the same cle
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bdtrain_kernels.block_attention.pieces import Saved, backward_piece, forward_piece, merge_
-from bdtrain_kernels.block_attention.tiling import Tiling
+from bdtrain_kernels.block_attention.packing import memory_order, pack, unpack
+from bdtrain_kernels.block_attention.pieces import LN2, Saved, backward_piece, forward_piece, merge_
+from bdtrain_kernels.block_attention.tiling import Span, Tiling
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def tree_attention(
 class _Tree(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, case: _Case, keep: bool) -> Tensor:
-        rows = _pack_rows(q, case).mul_(case.scale)  # [kv_heads, tiles, streams, group, tile, head_dim]
-        keys, values = _pack_keys(k, case), _pack_keys(v, case)  # [streams, kv_heads, tiles, tile, head_dim]
+        rows = _pack(q, case, rows=True).mul_(case.scale / LN2)  # [kv_heads, tiles, streams, group, tile, head_dim]
+        keys, values = _pack(k, case, rows=False), _pack(v, case, rows=False)  # [streams, kv_heads, tiles, 1, tile, head_dim]
         out = torch.empty_like(rows)
         lse = rows.new_empty(rows.shape[:-1])
         saved: list[Saved] = []
@@ -111,7 +111,7 @@ class _Tree(torch.autograd.Function):
                 piece.keys(keys),
                 piece.keys(values),
                 heads=case.kv_heads,
-                hide=piece.hide,
+                hide=piece.hide if piece.masked else None,
                 keep=keep,
             )
             saved.append(kept)
@@ -121,23 +121,23 @@ class _Tree(torch.autograd.Function):
                 run_lse.copy_(part_lse)
             else:
                 merge_(run_out, run_lse, part, part_lse)
-            piece.write_rows(out, run_out)
-            piece.write_rows(lse, run_lse)
+            piece.put_rows(out, run_out)
+            piece.put_rows(lse, run_lse)
         if keep:
             flat = [tensor for piece_saved in saved for pair in piece_saved for tensor in pair]
             ctx.save_for_backward(rows, keys, values, out, lse, *flat)
             ctx.case = case
             ctx.saved_chunks = [len(piece_saved) for piece_saved in saved]
-            ctx.like = (_memory_order(q), _memory_order(k), _memory_order(v))
+            ctx.like = (memory_order(q), memory_order(k), memory_order(v))
             ctx.dtypes = (q.dtype, k.dtype, v.dtype)
-        return _unpack_rows(out, case, _memory_order(q), q.dtype)
+        return _unpack(out, case, memory_order(q), q.dtype, rows=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         case: _Case = ctx.case
         rows, keys, values, out, lse, *flat = ctx.saved_tensors
-        grad_out = _pack_rows(grad, case)
+        grad_out = _pack(grad, case, rows=True)
         delta = (grad_out * out).sum(dim=-1)
         grad_rows = torch.zeros_like(rows)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
@@ -158,69 +158,136 @@ class _Tree(torch.autograd.Function):
             piece.add_keys(grad_keys, part[1])
             piece.add_keys(grad_values, part[2])
         return (
-            _unpack_rows(grad_rows.mul_(case.scale), case, ctx.like[0], ctx.dtypes[0]),
-            _unpack_keys(grad_keys, case, ctx.like[1], ctx.dtypes[1]),
-            _unpack_keys(grad_values, case, ctx.like[2], ctx.dtypes[2]),
+            _unpack(grad_rows.mul_(case.scale), case, ctx.like[0], ctx.dtypes[0], rows=True),
+            _unpack(grad_keys.mul_(LN2), case, ctx.like[1], ctx.dtypes[1], rows=False),
+            _unpack(grad_values, case, ctx.like[2], ctx.dtypes[2], rows=False),
             None,
             None,
         )
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A rectangle: which rows and keys it takes, and how its results go back.
-
-    Attributes:
-        rows: packed rows (or LSE) -> [heads * runs, rows, ..].
-        keys: packed keys -> [heads * runs, keys, head_dim].
-        write_rows: puts what ``rows`` gave back into the packed tensor, if it was a copy.
-        add_rows: adds to the packed rows.
-        add_keys: adds to the packed keys.
-        hide: adds the mask to scores of a number of heads; None for none.
-        first: nothing has been written to these rows before.
-    """
-
-    rows: Callable[[Tensor], Tensor]
-    keys: Callable[[Tensor], Tensor]
-    write_rows: Callable[[Tensor, Tensor], None]
-    add_rows: Callable[[Tensor, Tensor], None]
-    add_keys: Callable[[Tensor, Tensor], None]
-    hide: Callable[[Tensor, int], None] | None
-    first: bool
+def _pack(x: Tensor, case: _Case, *, rows: bool) -> Tensor:
+    streams = case.row_streams if rows else case.key_streams
+    return pack(x, case.tiling, kv_heads=case.kv_heads, streams=streams, dtype=case.dtype, stream_first=not rows)
 
 
-def _pieces(case: _Case) -> list[_Piece]:
+def _unpack(x: Tensor, case: _Case, order: tuple[int, ...], dtype: torch.dtype, *, rows: bool) -> Tensor:
+    return unpack(x, case.tiling, order=order, dtype=dtype, stream_first=not rows)
+
+
+def _pieces(case: _Case) -> list[_OwnTile | _Level]:
     """Every rectangle of the call, in the order of the merge."""
-    pieces = []
     tiling = case.tiling
+    pieces: list[_OwnTile | _Level] = []
     # A tile of one block shows its clean keys to clean rows only; otherwise the masks sort it out.
     clean_from = case.copies if tiling.one_block else 0
     if case.clean and clean_from < case.row_streams:
-        hide = _hide_clean(case, clean_from)
-        pieces.append(_own_tile(slice(clean_from, case.row_streams), case.copies, hide, first=True))
+        pieces.append(_OwnTile(case, clean_from, case.row_streams, key_stream=case.copies, first=True))
     for copy in range(case.copies):
-        hide = None if tiling.noisy_own is None else _hide_with(case, tiling.noisy_own)
-        pieces.append(_own_tile(slice(copy, copy + 1), copy, hide, first=not case.clean or tiling.one_block))
+        first = not case.clean or tiling.one_block
+        pieces.append(_OwnTile(case, copy, copy + 1, key_stream=copy, first=first))
     if case.clean:
-        pieces.extend(_level(case, *runs) for runs in tiling.levels)
+        pieces.extend(_Level(case, evens, odds) for evens, odds in tiling.levels)
     return pieces
 
 
-def _own_tile(streams: slice, key_stream: int, hide: Callable[[Tensor, int], None] | None, *, first: bool) -> _Piece:
-    """Rows of some streams against the keys of one stream in the same tile."""
+@dataclass(frozen=True)
+class _OwnTile:
+    """Rows of some streams against the keys of one stream in the same tile.
 
-    def rows(packed: Tensor) -> Tensor:
-        return packed[:, :, streams].flatten(2, 4).flatten(0, 1)
+    Attributes:
+        case: the call.
+        begin: first row stream.
+        end: one past the last row stream.
+        key_stream: the stream of the keys.
+        first: nothing has been written to these rows before.
+    """
 
-    def keys(packed: Tensor) -> Tensor:
-        return packed[key_stream].flatten(0, 1)
+    case: _Case
+    begin: int
+    end: int
+    key_stream: int
+    first: bool
 
-    return _Piece(
-        rows=rows,
-        keys=keys,
-        write_rows=lambda packed, values: None,
-        add_rows=lambda packed, values: rows(packed).add_(values),
-        add_keys=lambda packed, values: keys(packed).add_(values),
-        hide=hide,
-        first=first,
-    )
+    @property
+    def masked(self) -> bool:
+        """Whether some keys of the tile must be hidden."""
+        tiling = self.case.tiling
+        return (tiling.noisy_own if self.key_stream < self.case.copies else tiling.clean_clean) is not None
+
+    def rows(self, packed: Tensor) -> Tensor:
+        """A view of packed rows (or of their LSE) as [kv_heads * tiles, rows, ..]."""
+        return packed[:, :, self.begin : self.end].flatten(2, 4).flatten(0, 1)
+
+    def keys(self, packed: Tensor) -> Tensor:
+        """A view of packed keys as [kv_heads * tiles, keys, head_dim]."""
+        return packed[self.key_stream].flatten(2, 3).flatten(0, 1)
+
+    def put_rows(self, packed: Tensor, values: Tensor) -> None:
+        """Nothing to do: ``rows`` is a view."""
+
+    def add_rows(self, packed: Tensor, values: Tensor) -> None:
+        """Add to packed rows."""
+        self.rows(packed).add_(values)
+
+    def add_keys(self, packed: Tensor, values: Tensor) -> None:
+        """Add to packed keys."""
+        self.keys(packed).add_(values)
+
+    def hide(self, scores: Tensor, heads: int) -> None:
+        """Add the mask to scores [heads * tiles, rows, keys], in place."""
+        case, tiling = self.case, self.case.tiling
+        by_stream = scores.view(heads, tiling.num_tiles, -1, case.group, tiling.tile, tiling.tile)
+        if self.key_stream < case.copies:
+            _add_mask(by_stream, tiling.noisy_own)
+            return
+        noisy = case.copies - self.begin  # streams of noisy rows among these
+        _add_mask(by_stream[:, :, :noisy], tiling.noisy_clean)
+        _add_mask(by_stream[:, :, noisy:], tiling.clean_clean)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Rows of all streams in the odd runs against the clean keys of the even runs to their left.
+
+    Attributes:
+        case: the call.
+        evens: runs of the keys.
+        odds: runs of the rows.
+    """
+
+    case: _Case
+    evens: Span
+    odds: Span
+
+    first = False
+    masked = False
+
+    def rows(self, packed: Tensor) -> Tensor:
+        """Packed rows (or their LSE) of the odd runs as [kv_heads * runs, rows, ..]; a copy when irregular."""
+        return self.odds.take(packed.flatten(2, 4))
+
+    def keys(self, packed: Tensor) -> Tensor:
+        """Clean keys of the even runs as [kv_heads * runs, keys, head_dim]; a copy when irregular."""
+        return self.evens.take(packed[-1].flatten(2, 3))
+
+    def put_rows(self, packed: Tensor, values: Tensor) -> None:
+        """Write back what ``rows`` gave."""
+        self.odds.put(packed.flatten(2, 4), values)
+
+    def add_rows(self, packed: Tensor, values: Tensor) -> None:
+        """Add to packed rows."""
+        self.odds.add(packed.flatten(2, 4), values)
+
+    def add_keys(self, packed: Tensor, values: Tensor) -> None:
+        """Add to packed clean keys."""
+        self.evens.add(packed[-1].flatten(2, 3), values)
+
+    def hide(self, scores: Tensor, heads: int) -> None:
+        """Nothing is hidden at a level."""
+
+
+def _add_mask(scores: Tensor, mask: Tensor | None) -> None:
+    """Add [tiles or 1, tile or 1, tile] to scores [heads, tiles, streams, group, tile, tile]."""
+    if mask is not None and scores.numel():
+        scores.add_(mask[:, None, None])

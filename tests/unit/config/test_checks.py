@@ -1,14 +1,14 @@
-"""Every refusal: unknown keys, wrong types, values that do not fit each other, settings that would be ignored."""
+"""Every refusal: unknown keys, wrong types, values that do not fit, settings that would be ignored."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 
 from bdtrain.config import check_paths, dump_resolved, load_config, validate_layout
-from bdtrain.config.checks import without_effect
+from bdtrain.config.checks import find_conflicts, without_effect
 from bdtrain.errors import ConfigError
 from tests.unit.config.helpers import load, only_problem, problems
 
@@ -59,7 +59,7 @@ def test_an_unknown_key_without_neighbour_lists_what_there_is() -> None:
         ("optim.betas=[0.9,1.0]", "both must be at least 0 and below 1"),
         ("diffusion.plan.resample=1", "diffusion.plan.resample=1; it must be true or false"),
         ("diffusion.algo=mdml", "choose from block_diffusion, mdlm, ar (did you mean mdlm?)"),
-        ("train.zero_stage=4", "train.zero_stage=4; choose from 1, 2, 3"),
+        ("train.zero_stage=4", "train.zero_stage=4; choose from 1, 2"),
         ("run.name=no", "run.name=false; it must be text (YAML read it as another type: put it in quotes)"),
         ("run.name=../x", "run.name='../x'; it must match"),
         ("run.seed=-1", "run.seed=-1; it must be at least 0"),
@@ -71,7 +71,9 @@ def test_a_value_of_the_wrong_kind_says_what_is_allowed(override: str, expected:
     assert problem.endswith("[command line]")
 
 
-@pytest.mark.parametrize("key", ["model.num_layers", "model.hidden_size", "train.steps", "train.global_batch_size"])
+@pytest.mark.parametrize(
+    "key", ["model.num_layers", "model.hidden_size", "train.steps", "train.global_batch_size"]
+)
 def test_a_required_setting_that_is_missing_is_named(key: str) -> None:
     assert only_problem(f"{key}=null").startswith(f"{key} is required")
 
@@ -111,16 +113,25 @@ def test_a_rule_is_not_applied_to_a_value_that_was_refused() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.num_heads=5"], "model.num_heads=5 does not divide model.hidden_size=64; choose num_heads from 1, 2"),
+        (
+            ["model.num_heads=5"],
+            "model.num_heads=5 does not divide model.hidden_size=64; choose num_heads from 1, 2",
+        ),
         (["model.num_heads=64"], "model.head_dim=1 is odd"),
         (["model.head_dim=15"], "model.head_dim=15 is odd"),
-        (["model.num_kv_heads=3"], "model.num_kv_heads=3 does not divide model.num_heads=4; choose it from 1, 2, 4"),
+        (
+            ["model.num_kv_heads=3"],
+            "model.num_kv_heads=3 does not divide model.num_heads=4; choose it from 1, 2, 4",
+        ),
         (["model.shape=bd3lm", "model.num_kv_heads=2"], "multi-head attention"),
         (["model.shape=bd3lm", "model.head_dim=8"], "is not model.hidden_size=64"),
         (["data.seq_len=100"], "diffusion.block_size=16 does not divide data.seq_len=100"),
         (["diffusion.algo=mdlm", "diffusion.block_size=16"], "whose block is the row of data.seq_len=1024"),
         (["diffusion.algo=ar", "diffusion.block_size=16"], "diffusion.algo=ar, which has no blocks"),
-        (["train.micro_batch_size=3"], "does not divide train.global_batch_size=8; choose it from 1, 2, 4, 8"),
+        (
+            ["train.micro_batch_size=3"],
+            "does not divide train.global_batch_size=8; choose it from 1, 2, 4, 8",
+        ),
         (["train.micro_batch_size=16"], "does not divide train.global_batch_size=8"),
         (["optim.warmup_steps=101"], "optim.warmup_steps=101 is more than train.steps=100"),
         (
@@ -167,19 +178,47 @@ def test_a_clip_range_wants_the_linear_schedule_or_a_reference_one() -> None:
         load(f"diffusion.schedule={name}", "diffusion.plan.clip_range=[0.3,0.8]")
 
 
+def test_the_config_and_the_noise_plan_refuse_the_same_plans() -> None:
+    from bdtrain.diffusion.plan import NoisePlan
+    from bdtrain.diffusion.schedule import SCHEDULES
+
+    config = load("diffusion.block_size=4").config
+    ranges = [None, (0.0, 1.0), (0.3, 0.8), (0.3, 0.4), (0.8, 0.3), (0.5, 0.5), (1.0, 1.0), (0.5, 1.5)]
+    for schedule, clip_range, resample in product(SCHEDULES, ranges, (False, True)):
+        changes = {"clip_range": clip_range, "resample": resample}
+        plan = config.diffusion.plan.model_copy(update=changes)
+        diffusion = config.diffusion.model_copy(update={"plan": plan, "schedule": schedule})
+        refused = bool(find_conflicts(config.model_copy(update={"diffusion": diffusion})))
+        if refused:
+            with pytest.raises(ConfigError):
+                NoisePlan(4, schedule=schedule, clip_range=clip_range, resample=resample)
+        else:
+            NoisePlan(4, schedule=schedule, clip_range=clip_range, resample=resample)
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8, 16])
 def test_resampling_is_refused_exactly_where_no_count_lies_in_the_range(block_size: int) -> None:
     # Bounds midway between two shares and on the shares themselves; the brute force looks at every count.
     shares = [k / block_size for k in range(block_size + 1)]
     edges = sorted({*shares, *((low + high) / 2 for low, high in pairwise(shares)), 0.3, 0.45})
+    config = load(f"diffusion.block_size={block_size}").config
     for beta in edges:
         for omega in (edge for edge in edges if edge > beta):
-            overrides = [f"diffusion.plan.clip_range=[{beta},{omega}]", "diffusion.plan.resample=true"]
-            overrides.append(f"diffusion.block_size={block_size}")
+            plan = config.diffusion.plan.model_copy(update={"clip_range": (beta, omega), "resample": True})
+            diffusion = config.diffusion.model_copy(update={"plan": plan})
+            found = [p.message for p in find_conflicts(config.model_copy(update={"diffusion": diffusion}))]
             if any(beta <= k / block_size <= omega for k in range(1, block_size + 1)):
-                load(*overrides)
+                assert found == []
             else:
-                assert "infeasible" in only_problem(*overrides)
+                assert len(found) == 1
+                assert "infeasible" in found[0]
+
+
+def test_an_infeasible_resampling_range_is_refused_when_the_config_is_read() -> None:
+    problem = only_problem(
+        "diffusion.plan={clip_range: [0.3, 0.4], resample: true}", "diffusion.block_size=4"
+    )
+    assert "no k of 1..4 (diffusion.block_size) has k/4 in it; raise omega to at least 2/4" in problem
 
 
 @pytest.mark.parametrize(
@@ -191,6 +230,10 @@ def test_resampling_is_refused_exactly_where_no_count_lies_in_the_range(block_si
         (["diffusion.algo=ar", "diffusion.noise_copies=2"], "diffusion.noise_copies"),
         (["diffusion.algo=ar", "diffusion.schedule=linear"], "diffusion.schedule"),
         (["diffusion.algo=ar", "validation.sample_method=ancestral"], "validation.sample_method"),
+        (
+            ["diffusion.plan.clip_range=[1,1]", "diffusion.plan.kind=bernoulli"],
+            "diffusion.plan.kind",
+        ),
         (["data.path=x"], "data.path"),
         (["data.window_shards=4"], "data.window_shards"),
         (["data.kind=corpus", "data.path=x", "data.synthetic_tokens=4096"], "data.synthetic_tokens"),
@@ -231,7 +274,11 @@ def test_a_dumped_configuration_loads_to_the_same(tmp_path: Path, overrides: lis
 def test_settings_without_effect_are_settings() -> None:
     from bdtrain.config.problems import known_keys
 
-    for overrides in ([], ["diffusion.algo=ar"], ["data.kind=corpus", "data.path=x", "optim.schedule=cosine"]):
+    for overrides in (
+        [],
+        ["diffusion.algo=ar"],
+        ["data.kind=corpus", "data.path=x", "optim.schedule=cosine"],
+    ):
         table = without_effect(load(*overrides).config)
         assert set(table) | {reason.switch for reason in table.values()} <= set(known_keys())
 

@@ -31,7 +31,9 @@ def run_files() -> list[Path]:
 
 
 def test_a_run_is_loaded_with_overrides_before_and_after_options() -> None:
-    command = parse_command_line(["optim.lr=1.0", "--config", TINY, "train.steps=40", "--local_rank=3"], "Train.")
+    command = parse_command_line(
+        ["optim.lr=1.0", "--config", TINY, "train.steps=40", "--local_rank=3"], "Train."
+    )
     assert not command.finished
     assert (command.config.optim.lr, command.config.train.steps, command.local_rank) == (1.0, 40, 3)
 
@@ -90,7 +92,9 @@ def test_check_finds_a_missing_corpus_and_a_layout_that_cannot_be(monkeypatch: p
         parse_command_line(["--config", TINY, "--check"], "")
 
 
-def test_only_the_first_rank_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_first_rank_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "1")
     for request in (["--help"], ["--explain", "optim.lr"], ["--config", TINY, "--check"]):
         assert parse_command_line(request, "").finished
@@ -102,10 +106,13 @@ def test_check_and_explain_import_nothing_heavy(repository: Path) -> None:
         "import sys; from bdtrain.config import parse_command_line\n"
         f"parse_command_line(['--config', {TINY!r}, '--check'], '')\n"
         f"parse_command_line(['--config', {TINY!r}, '--explain', 'optim'], '')\n"
-        "heavy = {'torch', 'numpy', 'deepspeed', 'megatron', 'ray', 'mlflow', 'transformers'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'deepspeed', 'megatron', 'ray', 'mlflow', 'transformers'} & "
+        "set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -192,19 +199,26 @@ def test_run_files_load_and_open_with_what_a_reader_needs(path: Path) -> None:
 
 
 def test_every_yaml_file_names_the_schema(repository: Path) -> None:
-    files = [path for folder in ("model", "data", "run") for path in (repository / "configs" / folder).glob("*")]
+    files = [
+        path for folder in ("model", "data", "run") for path in (repository / "configs" / folder).glob("*")
+    ]
     assert len(files) >= 9
     for path in files:
-        assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=../schema.json\n"), path
+        assert path.read_text(encoding="utf-8").startswith(
+            "# yaml-language-server: $schema=../schema.json\n"
+        ), path
         assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path
 
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    # Parameters without embedding, in millions; small is the paper's, the last two carry their size in their name.
+    # Parameters without embedding, in millions; small is the paper's, the last two carry their size in their
+    # name.
     [("quickstart", 2, 4), ("small", 84, 111), ("1b", 900, 1300), ("7b", 6500, 7500)],
 )
-def test_model_presets_have_the_size_of_their_name(repository: Path, name: str, low: float, high: float) -> None:
+def test_model_presets_have_the_size_of_their_name(
+    repository: Path, name: str, low: float, high: float
+) -> None:
     from bdtrain.config import count_parameters
 
     minimal = ["data.kind=synthetic", "train.steps=1", "train.global_batch_size=1"]

@@ -85,7 +85,12 @@ def test_schedules_and_their_names_in_the_config_are_the_same() -> None:
 
 
 def _by_hand_qwen3(layers: int, hidden: int, heads: int, kv: int, dim: int, ffn: int) -> int:
-    query, key, value, output = hidden * heads * dim, hidden * kv * dim, hidden * kv * dim, heads * dim * hidden
+    query, key, value, output = (
+        hidden * heads * dim,
+        hidden * kv * dim,
+        hidden * kv * dim,
+        heads * dim * hidden,
+    )
     gate = up = down = hidden * ffn
     norms = hidden + hidden + dim + dim
     return layers * (query + key + value + output + gate + up + down + norms) + hidden
@@ -93,14 +98,29 @@ def _by_hand_qwen3(layers: int, hidden: int, heads: int, kv: int, dim: int, ffn:
 
 def test_parameter_count_of_the_published_qwen3_sizes() -> None:
     # Qwen3-0.6B and 8B as published: 0.44 and 6.95 thousand million parameters that are not embedding.
-    small = ModelConfig(num_layers=28, hidden_size=1024, num_heads=16, num_kv_heads=8, head_dim=128, ffn_size=3072)
-    large = ModelConfig(num_layers=36, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=12288)
+    small = ModelConfig(
+        num_layers=28, hidden_size=1024, num_heads=16, num_kv_heads=8, head_dim=128, ffn_size=3072
+    )
+    large = ModelConfig(
+        num_layers=36, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=12288
+    )
     for model, published in ((small, 0.44e9), (large, 6.95e9)):
         count = count_parameters(model, 151936)
         assert count.layers == pytest.approx(published, rel=0.01)
         sizes = (model.num_layers, model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim)
         assert count.layers == _by_hand_qwen3(*sizes, model.ffn_size)
         assert count.embedding == 2 * 151936 * model.hidden_size
+
+
+@pytest.mark.parametrize("shape", ["qwen3", "bd3lm"])
+def test_parameter_count_is_that_of_the_built_model(shape: str) -> None:
+    from bdtrain.model.build import build_model
+    from bdtrain.testing import single_process_groups, tiny_model_config
+
+    config = tiny_model_config(shape)
+    with single_process_groups() as groups:
+        model = build_model(config, pg_collection=groups, vocab_size=29, mask_id=4)
+    assert count_parameters(config, 29).total == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_parameter_count_pads_the_vocabulary() -> None:

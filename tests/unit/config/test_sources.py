@@ -28,7 +28,9 @@ def values(loaded: LoadedConfig) -> tuple[float, int, str]:
 
 
 def test_precedence_is_defaults_bases_file_later_files_overrides(tmp_path: Path) -> None:
-    write(tmp_path, "a.yaml", SIZES + "optim: {lr: 1.0, warmup_steps: 1, weight_decay: 0.1}\nrun: {name: a}\n")
+    write(
+        tmp_path, "a.yaml", SIZES + "optim: {lr: 1.0, warmup_steps: 1, weight_decay: 0.1}\nrun: {name: a}\n"
+    )
     write(tmp_path, "b.yaml", "optim: {lr: 2.0, warmup_steps: 2}\n")
     first = write(tmp_path, "sub/first.yaml", "base: [../a.yaml, ../b.yaml]\noptim: {lr: 3.0}\n")
     second = write(tmp_path, "second.yaml", "optim: {lr: 4.0}\n")
@@ -69,7 +71,9 @@ def test_a_null_section_takes_back_what_bases_gave(tmp_path: Path) -> None:
 
 
 def test_null_takes_a_setting_back_where_it_is_no_value() -> None:
-    config = load("optim.lr=null", "diffusion.noise_copies=null", "model.head_dim=null", "optim.ema_decay=null").config
+    config = load(
+        "optim.lr=null", "diffusion.noise_copies=null", "model.head_dim=null", "optim.ema_decay=null"
+    ).config
     assert (config.optim.lr, config.diffusion.noise_copies, config.model.head_dim) == (3e-4, 1, 16)
     assert config.optim.ema_decay is None
     assert only_problem("train.steps=null").startswith("train.steps is required")
@@ -107,7 +111,9 @@ def test_base_must_be_a_list_of_paths(tmp_path: Path, base: str) -> None:
         ("1: 2\n", "is not text"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused_with_its_name(tmp_path: Path, text: str, expected: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused_with_its_name(
+    tmp_path: Path, text: str, expected: str
+) -> None:
     file = write(tmp_path, "run.yaml", text)
     problem = only_problem(files=(file,))
     assert str(file) in problem

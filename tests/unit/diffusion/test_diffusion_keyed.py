@@ -59,14 +59,12 @@ def words_of_integers(
     return philox_of_integers((token, sample & WORD, sample >> 32, last), (seed, step & WORD))
 
 
-def permutation_of_integers(
-    index: int, n: int, seed: int, purpose: int, step: int, stream: int
-) -> int:
+def permutation_of_integers(index: int, n: int, seed: int, purpose: int, step: int, stream: int) -> int:
     """The documented Feistel network with cycle walking, in Python integers."""
     keys = [words_of_integers(seed, purpose, step, stream, 0, number, 511)[0] for number in range(8)]
     bits = (n - 1).bit_length()
     rows = 2 ** math.ceil(bits / 2)
-    columns = math.ceil(n / rows)
+    columns = -(-n // rows)
 
     def scramble(value: int, key: int) -> int:
         value = (value ^ key) & WORD
@@ -218,9 +216,7 @@ def test_a_tensor_of_streams_gives_each_element_its_own_permutation():
 def test_each_element_goes_everywhere_equally_often(n):
     trials = 3000
     key = NoiseKey(11, Purpose.TRAIN)
-    image = permute(
-        torch.arange(n).expand(trials, n), n, key, stream=torch.arange(trials)[:, None]
-    )
+    image = permute(torch.arange(n).expand(trials, n), n, key, stream=torch.arange(trials)[:, None])
     for element in range(n):
         counts = torch.bincount(image[:, element], minlength=n).double()
         chi_square = ((counts - trials / n) ** 2 / (trials / n)).sum().item()

@@ -104,3 +104,31 @@ def test_a_full_cache_and_wrong_shapes_are_refused(build):
         denoiser.logits(tokens, torch.arange(5), cache, False)
     with pytest.raises(ShapeError, match="cache of 2"):
         denoiser.logits(tokens[:1], torch.arange(5)[None], cache, False)
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_sample_from_the_model_does_not_depend_on_its_batch(build, block_size):
+    """Prompts of different lengths side by side and alone: the sampler over the real cache."""
+    from bdtrain.diffusion.keyed import NoiseKey, Purpose
+    from bdtrain.diffusion.sampler import generate
+
+    denoiser = as_denoiser(build(mask_id=4))
+    prompts = [[7, 8, 9, 10, 11], [12], [13, 14, 15, 16]]
+
+    def run(some):
+        return generate(
+            denoiser,
+            some,
+            block_size=block_size,
+            max_tokens=12,
+            mask_id=4,
+            eos_id=2,
+            method="static",
+            steps=2,
+            temperature=0.0,
+            key=NoiseKey(seed=1, purpose=Purpose.SAMPLE),
+        )
+
+    together = [sample.tokens for sample in run(prompts)]
+    assert together == [run([prompt])[0].tokens for prompt in prompts]
+    assert all(0 < len(tokens) <= 12 and 4 not in tokens for tokens in together)

@@ -34,14 +34,18 @@ def test_every_quantity_equals_the_dense_one(build):
     torch.testing.assert_close(view.sum_over_vocab(p), torch.ones(11, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("logits_first", [False, True])
-def test_both_ways_to_the_nll_have_the_dense_values_and_gradients(build, logits_first):
+@pytest.mark.parametrize("form", ["chunked", "chunked with weights", "vocabulary-parallel"])
+def test_every_way_to_the_nll_has_the_dense_values_and_gradients(build, form):
     model, view, hidden, ids, dense = make_view(build)
-    if logits_first:  # then the vocabulary-parallel form is taken
-        view.logits()
+    if form == "vocabulary-parallel":
+        view.logits()  # once there are logits they are used
     weight = torch.linspace(0.1, 2, 11, dtype=torch.float64)
+    row_weights = weight if form == "chunked with weights" else None
+    torch.testing.assert_close(
+        view.nll(ids, row_weights), F.cross_entropy(dense, ids, reduction="none"), rtol=1e-12, atol=1e-12
+    )
     leaves = (hidden, model.output_layer.weight, model.output_layer.bias)
-    ours = torch.autograd.grad((view.nll(ids) * weight).sum(), leaves)
+    ours = torch.autograd.grad((view.nll(ids, row_weights) * weight).sum(), leaves)
     wanted = torch.autograd.grad((F.cross_entropy(dense, ids, reduction="none") * weight).sum(), leaves)
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
