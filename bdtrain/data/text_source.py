@@ -31,7 +31,8 @@ class TextSource:
             raise DataError(f"{path} cannot be read ({error.strerror}); give a text file") from error
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{path} is not UTF-8 at byte {error.start}; convert it first, for example with iconv -f LATIN1 -t UTF-8"
+                f"{path} is not UTF-8 at byte {error.start}; convert it first, for example with "
+                "iconv -f LATIN1 -t UTF-8"
             ) from error
         if not text:
             raise DataError(f"{path} is empty; give a text file with text in it")

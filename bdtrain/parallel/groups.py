@@ -70,8 +70,8 @@ def prepare_deepspeed() -> None:
     import deepspeed.utils.logging
 
     # On a CPU DeepSpeed runs the compiler to see which of its ops could be built, then builds one in every
-    # process for a collective that training never calls: 26 s idle, minutes under load, and a killed build leaves
-    # a lock on which later runs wait for ever. The answer is given before the question: none.
+    # process for a collective that training never calls: 26 s idle, minutes under load, and a killed build
+    # leaves a lock on which later runs wait for ever. The answer is given before the question: none.
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     deepspeed.utils.logging.logger.addFilter(_is_news)
@@ -92,7 +92,8 @@ def init_process_group(launch: Launch, *, timeout_s: float = 1800.0) -> None:
     if dist.is_initialized():
         return
     # DeepSpeed reads them again, and wants them even in a world of one.
-    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+    said = {"RANK": launch.rank, "WORLD_SIZE": launch.world_size, "LOCAL_RANK": launch.local_rank}
+    os.environ.update({name: str(value) for name, value in said.items()})
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(launch.local_rank)

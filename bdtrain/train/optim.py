@@ -36,8 +36,8 @@ class AveragedAdamW(torch.optim.AdamW):
     def create_state(self) -> None:
         """Make the state of every parameter now rather than at its first update.
 
-        DeepSpeed links parameters to their optimizer state once, after the first group's first update; the state of
-        later groups would be missing from the link.
+        DeepSpeed links parameters to their optimizer state once, after the first group's first update; the
+        state of later groups would be missing from the link.
         """
         for group in self.param_groups:
             for parameter in group["params"]:

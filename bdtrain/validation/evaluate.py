@@ -133,7 +133,9 @@ class SavedEvaluation:
         return lines
 
 
-def load_saved(folder: Path, *, device: torch.device | None = None) -> tuple[SavedModel, TwoStreamTransformer]:
+def load_saved(
+    folder: Path, *, device: torch.device | None = None
+) -> tuple[SavedModel, TwoStreamTransformer]:
     """Verify a model folder and build its model in this process.
 
     Raises:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bdtrain.data.loader import Batch
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
 from bdtrain.diffusion.objectives.base import Objective
-from bdtrain.errors import DataError
+from bdtrain.errors import ConfigError, DataError
 from bdtrain.model.forward import MicroBatch, corrupt_rows, forward_losses, stream_rows
 from bdtrain.parallel.engine import run_schedule
 
@@ -109,8 +109,13 @@ def evaluate_likelihood(
         exact: the objective has no noise (AR) or hides everything (block size 1).
 
     Raises:
+        ConfigError: for fewer than 2 replicates of an objective with noise.
         DataError: if no token counts.
     """
+    if replicates < 2 and not exact:
+        raise ConfigError(
+            f"replicates={replicates}; noise and text are told apart by 2 draws per row or more: choose 2"
+        )
     started = time.monotonic()
     draws = 1 if exact else replicates
     sums = _Sums(draws, eos_id)

@@ -1,8 +1,8 @@
 """Kernels of block diffusion training: attention over noisy and clean streams, and the head with its loss.
 
-Each kernel has a ``reference`` in plain torch, which is its definition, faster forms that are tested against it, and one
-public function. Nothing here knows of the training framework: layouts are any object with the attributes that
-``block_attention`` names.
+Each kernel has a ``reference`` in plain torch, which is its definition, faster forms that are tested against
+it, and one public function. Nothing here knows of the training framework: layouts are any object with the
+attributes that ``block_attention`` names.
 """
 
 from bdtrain_kernels.block_attention import PreparedLayout, block_attention, dense_mask, prepare

@@ -1,7 +1,7 @@
 """Which backend runs: forced by name or chosen, refused when absent, said once.
 
-A forced backend is never replaced by another one: a run that asked for a kernel and silently got a slower one would
-report wrong speeds.
+A forced backend is never replaced by another one: a run that asked for a kernel and silently got a slower
+one would report wrong speeds.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def check_backend(kernel: str, backend: str, available: dict[str, str]) -> None:
     if available[backend]:
         usable = ", ".join(sorted(name for name, reason in available.items() if not reason))
         raise BackendUnavailableError(
-            f"{kernel}: backend={backend!r} cannot run this case: {available[backend]}; choose from auto, {usable}"
+            f"{kernel}: backend={backend!r} cannot run this case: {available[backend]}; "
+            f"choose from auto, {usable}"
         )
 
 
-# "Once" needs a memory that outlives the call; the cache of a function without result is the smallest one, and nothing
-# but the log depends on it.
+# "Once" needs a memory that outlives the call; the cache of a function without result is the smallest one,
+# and nothing but the log depends on it.
 @functools.cache
 def announce(kernel: str, backend: str, reason: str) -> None:
     """Log which backend a kernel took; each (kernel, backend, reason) once per process.

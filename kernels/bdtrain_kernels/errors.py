@@ -1,4 +1,4 @@
-"""Errors of the kernels; both are ``ValueError`` so that a caller need not know this package to catch them."""
+"""Errors of the kernels; both are ``ValueError``, so that callers can catch them without this package."""
 
 from __future__ import annotations
 

@@ -72,7 +72,15 @@ def test_run_leaves_curve_samples_summary_and_verified_weights(trained):
 def test_saved_weights_evaluate_to_what_the_run_reported(trained, tmp_path):
     folder, _ = trained
     out = tmp_path / "evaluation.json"
-    run("launchers/evaluate_checkpoint.py", "--checkpoint", folder / "checkpoint", "--json", out)
+    run(
+        "launchers/evaluate_checkpoint.py",
+        "--checkpoint",
+        folder / "checkpoint",
+        "--sequences",
+        16,
+        "--json",
+        out,
+    )
     summary = json.loads((folder / "summary.json").read_text())
     assert json.loads(out.read_text())["nelbo"] == pytest.approx(summary["after"]["nelbo"], rel=1e-6)
 
@@ -120,6 +128,21 @@ def test_a_run_never_writes_over_another(trained):
     assert losses(folder) == before
 
 
+def test_missing_corpus_is_named_with_the_command_that_makes_one(tmp_path):
+    config = ROOT / "configs" / "run" / "quickstart.yaml"
+    done = run(
+        "launchers/pretrain.py",
+        "--config",
+        config,
+        f"run.folder={tmp_path / 'run'}",
+        "data.path=/nowhere",
+        expect=3,
+    )
+    assert "/nowhere" in done.stderr
+    assert "preprocess.py" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "code", "message"),
     [
@@ -128,7 +151,6 @@ def test_a_run_never_writes_over_another(trained):
         (["diffusion.block_size=7"], 3, "seq_len"),
         (["diffusion.plan.clip_range=[0.9,0.3]"], 3, "clip_range"),
         (["diffusion.plan.clip_range=[0.3,0.8]", "diffusion.schedule=cosine"], 3, "linear"),
-        (["data.kind=corpus", "data.path=/nowhere"], 3, "/nowhere"),
     ],
 )
 def test_mistakes_end_before_anything_starts(tmp_path, overrides, code, message):

@@ -46,6 +46,9 @@ def main() -> int:
 
     import torch
 
+    from bdtrain.parallel.libraries import prepare_libraries
+
+    prepare_libraries()
     from bdtrain.testing import single_process_groups
 
     torch.set_num_threads(options.threads)

@@ -23,8 +23,8 @@ class ValidationConfig(Section):
     replicates: Int = setting(
         2,
         unit="draws",
-        description="Independent noise draws per row; at least 2 give the noise part of the standard error.",
-        ge=1,
+        description="Independent noise draws per row; two or more give the noise part of the standard error.",
+        ge=2,
     )
     sample_tokens: Int = setting(
         64, unit="tokens", description="Tokens of the sample written at each validation; 0 writes none.", ge=0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bdtrain_kernels.block_attention.cost import dense_cost, tree_cost
 from bdtrain_kernels.block_attention.dense import DenseMasks, build_masks, dense_attention
 from bdtrain_kernels.block_attention.reference import Layout, check_streams
 from bdtrain_kernels.block_attention.tiling import Tiling, build_tiling
@@ -15,9 +16,6 @@ from bdtrain_kernels.dispatch import announce, check_backend
 from bdtrain_kernels.errors import KernelShapeError
 
 KERNEL = "block_attention"
-
-TREE_FROM_SEQ = 128
-"""From this many positions "auto" takes the tree on a CPU (kernels/bench/2026-11-21-cpu-attention.md)."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,17 @@ def prepare(
     check_streams(noisy_copies=noisy_copies, clean=clean, queries="all")
     batch, seq = layout.block_start.shape
     on_cpu = layout.block_start.device.type == "cpu"
-    available = {"dense": "", "tree": "" if on_cpu else f"it runs on a CPU, the layout is on {layout.block_start.device}"}
+    available = {
+        "dense": "",
+        "tree": "" if on_cpu else f"it runs on a CPU, the layout is on {layout.block_start.device}",
+    }
     check_backend(KERNEL, backend, available)
     tiling: Tiling | None = None
     if backend == "tree":
         announce(KERNEL, "tree", "forced")
         tiling = build_tiling(layout, tile)
     elif backend == "auto":
-        tiling, reason = _auto(layout, on_cpu=on_cpu, clean=clean, seq=seq, tile=tile)
+        tiling, reason = _auto(layout, on_cpu=on_cpu, noisy_copies=noisy_copies, clean=clean, tile=tile)
         announce(KERNEL, "dense" if tiling is None else "tree", reason)
     else:
         announce(KERNEL, "dense", "forced")
@@ -88,19 +89,21 @@ def prepare(
     )
 
 
-def _auto(layout: Layout, *, on_cpu: bool, clean: bool, seq: int, tile: int | None) -> tuple[Tiling | None, str]:
+def _auto(
+    layout: Layout, *, on_cpu: bool, noisy_copies: int, clean: bool, tile: int | None
+) -> tuple[Tiling | None, str]:
     """The tiling if the tree is the faster one, and why."""
     if not on_cpu:
         return None, f"auto: {layout.block_start.device.type}"
-    if seq < TREE_FROM_SEQ:
-        return None, f"auto: CPU, seq below {TREE_FROM_SEQ}"
-    if layout.single_document and (layout.block_size >= seq or (layout.block_size == 1 and not clean)):
-        return None, "auto: CPU, one block a row"
+    if not clean or noisy_copies == 0:
+        return None, "auto: one kind of stream"
     try:
         tiling = build_tiling(layout, tile)
     except KernelShapeError:
         return None, "auto: CPU, blocks that the tree cannot cut"
-    return tiling, f"auto: CPU, seq of {TREE_FROM_SEQ} or more"
+    if tree_cost(tiling, noisy_copies) < dense_cost(layout, noisy_copies):
+        return tiling, "auto: CPU, estimated the faster one"
+    return None, "auto: CPU, estimated the faster one"
 
 
 def block_attention(
@@ -117,15 +120,17 @@ def block_attention(
 ) -> Tensor:
     """Attention over the streams noisy_1 .. noisy_C, clean of block diffusion.
 
-    A noisy query sees the noisy keys of its own block and copy, and the clean keys of earlier blocks of its document; a clean
-    query sees the clean keys of its own and earlier blocks (``reference.dense_mask`` is the definition).
+    A noisy query sees the noisy keys of its own block and copy, and the clean keys of earlier blocks of its
+    document; a clean query sees the clean keys of its own and earlier blocks (``reference.dense_mask`` is
+    the definition).
 
     Args:
-        q: queries, [batch, heads, rows, head_dim], any strides with the last axis contiguous; rows = streams * seq for
-            queries="all", noisy_copies * seq for queries="noisy".
+        q: queries, [batch, heads, rows, head_dim], any strides with the last axis contiguous; rows = streams
+            * seq for queries="all", noisy_copies * seq for queries="noisy".
         k: keys, [batch, kv_heads, streams * seq, head_dim]; kv_heads divides heads.
         v: values, like ``k``.
-        layout: blocks and documents, or what ``prepare`` made of them (do that where several layers share a layout).
+        layout: blocks and documents, or what ``prepare`` made of them (do that where several layers share a
+            layout).
         noisy_copies: noisy streams C, 0 or more.
         clean: whether the clean stream follows them.
         queries: "noisy" leaves out the clean rows (the last layer needs their keys and values alone).
@@ -144,11 +149,14 @@ def block_attention(
     check_streams(noisy_copies=noisy_copies, clean=clean, queries=queries)
     if isinstance(layout, PreparedLayout):
         prepared = layout
-        if backend not in ("auto", prepared.backend) or (prepared.noisy_copies, prepared.clean) != (noisy_copies, clean):
+        if backend not in ("auto", prepared.backend) or (prepared.noisy_copies, prepared.clean) != (
+            noisy_copies,
+            clean,
+        ):
             raise KernelShapeError(
-                f"the layout was prepared for backend={prepared.backend!r}, noisy_copies={prepared.noisy_copies}, "
-                f"clean={prepared.clean} but is used with backend={backend!r}, noisy_copies={noisy_copies}, "
-                f"clean={clean}; prepare it for this use"
+                f"the layout was prepared for backend={prepared.backend!r}, "
+                f"noisy_copies={prepared.noisy_copies}, clean={prepared.clean} but is used with "
+                f"backend={backend!r}, noisy_copies={noisy_copies}, clean={clean}; prepare it for this use"
             )
     else:
         prepared = prepare(layout, noisy_copies=noisy_copies, clean=clean, backend=backend)
@@ -179,4 +187,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prepared: PreparedLayout, que
     if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise KernelShapeError(f"{found}; head_dim must be the same and kv_heads must divide heads")
     if not q.dtype == k.dtype == v.dtype or not torch.is_floating_point(q):
-        raise KernelShapeError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must be of one floating type")
+        raise KernelShapeError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must be of one floating type"
+        )

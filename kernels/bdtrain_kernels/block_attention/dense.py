@@ -1,8 +1,8 @@
 """Dense backend: torch's scaled_dot_product_attention, one call per stream, masks built once per layout.
 
-The noisy rows of a copy see that copy and the clean stream; clean rows see the clean stream alone. Asking them apart
-leaves out the quarter of the score matrix that no clean row ever sees (1.2 to 1.3 times faster than one call over both;
-kernels/bench/cpu_attention.py).
+The noisy rows of a copy see that copy and the clean stream; clean rows see the clean stream alone. Asking
+them apart leaves out the quarter of the score matrix that no clean row ever sees (1.2 to 1.3 times faster
+than one call over both; kernels/bench/cpu_attention.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class DenseMasks:
     Attributes:
         noisy: noisy rows to the keys of their own copy, then (with a clean stream) to clean keys, bool
             [batch or 1, 1, seq, seq or 2 * seq]; None when every key is seen, or without noisy rows.
-        clean: clean rows to clean keys, bool [batch or 1, 1, seq, seq]; None when every key is seen, or when ``causal``.
+        clean: clean rows to clean keys, bool [batch or 1, 1, seq, seq]; None when every key is seen, or when
+            ``causal``.
         causal: clean rows see themselves and what comes before: the plain causal triangle.
     """
 
@@ -70,7 +71,7 @@ class _Row:
 
 
 def _first_row(layout: Layout) -> _Row:
-    """One row stands for all where every row has the same blocks: a mask of [1, ...] instead of [batch, ...]."""
+    """One row stands for all where every row has the same blocks: masks of batch 1."""
     return _Row(
         layout.block_start[:1],
         layout.block_end[:1],

@@ -1,7 +1,8 @@
 """Between the caller's [batch, heads, streams * seq, head_dim], of any strides, and tiles.
 
-Both packed forms have the canonical axes [kv_heads, tiles, streams, group, tile, head_dim]; rows are stored in that order
-(a run of tiles is one run of rows), keys with the stream outermost (so that the clean keys of a run of tiles are too).
+Both packed forms have the canonical axes [kv_heads, tiles, streams, group, tile, head_dim]; rows are stored
+in that order (a run of tiles is one run of rows), keys with the stream outermost (so that the clean keys of
+a run of tiles are too).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 from bdtrain_kernels.block_attention.tiling import Strip, Tiling
 
 
-def pack(x: Tensor, tiling: Tiling, *, kv_heads: int, streams: int, dtype: torch.dtype, stream_first: bool) -> Tensor:
+def pack(
+    x: Tensor, tiling: Tiling, *, kv_heads: int, streams: int, dtype: torch.dtype, stream_first: bool
+) -> Tensor:
     """Copy tokens into tiles; slots without a token are zero.
 
     Args:
@@ -38,7 +41,8 @@ def pack(x: Tensor, tiling: Tiling, *, kv_heads: int, streams: int, dtype: torch
     for strip in tiling.strips:
         rest = strip.length % tiling.tile
         if rest:
-            # Finite, since hidden keys are multiplied by 0; and 0, since these rows of a gradient must add nothing.
+            # Finite, since hidden keys are multiplied by 0; and 0, since these rows of a gradient must add
+            # nothing.
             _strip(tiles, strip)[:, :, -1, :, :, rest:].zero_()
     return packed
 
@@ -93,7 +97,7 @@ def _strip(tiles: Tensor, strip: Strip) -> Tensor:
 
 
 def _matching(tiles: Tensor, tokens: Tensor, tiling: Tiling) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of tiles and of the tokens that belong there: of each strip its full tiles, then its short last one.
+    """Views of tiles and of the tokens that belong there: each strip's full tiles, then its short last one.
 
     Plain strided copies: gathering by an index took a third of the whole attention at seq 256.
     """

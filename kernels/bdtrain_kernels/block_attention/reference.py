@@ -1,12 +1,13 @@
 """The definition: the mask by its rule, and attention as explicit softmax.
 
-Streams lie along the sequence axis as noisy_1 .. noisy_C, clean, all over positions 0 .. seq - 1. With the four integers
-that a layout holds per token,
+Streams lie along the sequence axis as noisy_1 .. noisy_C, clean, all over positions 0 .. seq - 1. With the
+four integers that a layout holds per token,
 
     noisy query:  noisy keys [block_start, block_end) of its own copy, clean keys [doc_start, block_start)
     clean query:  clean keys [doc_start, block_end), never a noisy key
 
-Source: the mask of the vectorised training pass of arXiv 2503.09573 (M_BD, M_OBC, M_BC), cut at document bounds.
+Source: the mask of the vectorised training pass of arXiv 2503.09573 (M_BD, M_OBC, M_BC), cut at document
+bounds.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Layout(Protocol):
         doc_start: first position of the token's document, int32 [batch, seq].
         doc_end: one past the last position of the token's document, int32 [batch, seq].
         block_size: tokens of a full block.
-        single_document: known on the host: every row is one document whose blocks are all ``block_size`` long, except
-            possibly the last one.
+        single_document: known on the host: every row is one document whose blocks are all ``block_size``
+            long, except possibly the last one.
     """
 
     @property
@@ -63,7 +64,8 @@ def check_streams(*, noisy_copies: int, clean: bool, queries: str) -> None:
         raise KernelShapeError(f"queries={queries!r}; choose 'all' or 'noisy'")
     if noisy_copies < 0 or (noisy_copies == 0 and not clean):
         raise KernelShapeError(
-            f"noisy_copies={noisy_copies} with clean={clean} leaves no stream; give a noisy copy or the clean stream"
+            f"noisy_copies={noisy_copies} with clean={clean} leaves no stream; "
+            "give a noisy copy or the clean stream"
         )
     if noisy_copies == 0 and queries == "noisy":
         raise KernelShapeError("queries='noisy' needs noisy_copies of at least 1; use queries='all'")
@@ -79,8 +81,8 @@ def dense_mask(layout: Layout, *, noisy_copies: int, clean: bool, queries: str =
         queries: "all": rows of every stream; "noisy": rows of the noisy streams only.
 
     Returns:
-        True where the query sees the key, bool [batch, 1, rows, streams * seq], streams = C + clean, rows = streams * seq
-        or C * seq.
+        True where the query sees the key, bool [batch, 1, rows, streams * seq], streams = C + clean, rows =
+        streams * seq or C * seq.
 
     Raises:
         KernelShapeError: if no stream is left.
@@ -104,7 +106,8 @@ def visible_parts(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         layout: blocks and documents, vectors of [batch, seq].
 
     Returns:
-        Noisy query to noisy key of its copy, noisy query to clean key, clean query to clean key; bool [batch, seq, seq].
+        Noisy query to noisy key of its copy, noisy query to clean key, clean query to clean key; bool
+        [batch, seq, seq].
     """
     key = torch.arange(layout.block_start.shape[1], device=layout.block_start.device)
     block_start, block_end, doc_start = (
@@ -116,14 +119,18 @@ def visible_parts(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     return same_block, past, upto
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None
+) -> Tensor:
     """Attention as explicit softmax in the dtype of its inputs (give float64 for a reference).
 
     Args:
         q: queries, [batch, heads, rows, head_dim].
-        k: keys, [batch, kv_heads, keys, head_dim]; kv_heads divides heads, query head h reads kv head h // group.
+        k: keys, [batch, kv_heads, keys, head_dim]; kv_heads divides heads, query head h reads kv head h //
+            group.
         v: values, like ``k``.
-        mask: True where seen, bool, broadcastable to [batch, heads, rows, keys]; every row sees at least one key.
+        mask: True where seen, bool, broadcastable to [batch, heads, rows, keys]; every row sees at least one
+            key.
         scale: factor of the scores; None is head_dim ** -0.5.
 
     Returns:

@@ -1,9 +1,10 @@
 """How the tree backend cuts a batch: every document into tiles, tiles into a binary tree.
 
-A document starts at a tile boundary and a tile holds whole blocks, so no block straddles two tiles and no tile holds two
-documents, whatever the lengths. Clean keys that a row of tile i sees are then: part of its own tile, and all of the tiles
-before it in the document. The second part is a sum of rectangles without any mask: at level s = 1, 2, 4, .. the rows of
-each odd run of s tiles against the keys of the even run of s tiles to its left.
+A document starts at a tile boundary and a tile holds whole blocks, so no block straddles two tiles and no
+tile holds two documents, whatever the lengths. Clean keys that a row of tile i sees are then: part of its
+own tile, and all of the tiles before it in the document. The second part is a sum of rectangles without any
+mask: at level s = 1, 2, 4, .. the rows of each odd run of s tiles against the keys of the even run of s
+tiles to its left.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from bdtrain_kernels.block_attention.reference import Layout
 from bdtrain_kernels.errors import KernelShapeError
 
 HIDDEN = -1.0e30
-"""Added to a score that must not be seen. Finite, so that a row whose keys in a piece are all hidden stays finite there;
-its weight in the merge with a visible piece is exactly 0 in every float type of the computation."""
+"""Added to a score that must not be seen. Finite, so that a row whose keys in a piece are all hidden stays
+finite there; its weight in the merge with a visible piece is exactly 0 in every float type of the
+computation."""
 
 MIN_TILE = 32
 """Tiles of at least this many tokens: below it the calls are too small (kernels/bench/cpu_attention.py)."""
@@ -31,7 +33,8 @@ class Span:
     Attributes:
         count: number of runs.
         length: tiles in a run.
-        offset: first tile of the first run, when the runs lie ``step`` tiles apart (and can be viewed without a copy).
+        offset: first tile of the first run, when the runs lie ``step`` tiles apart (and can be viewed
+            without a copy).
         step: tiles between the starts of runs; 0 when irregular.
         index: tile numbers of all runs in order, int64 [count * length]; None when regular.
     """
@@ -95,10 +98,12 @@ class Tiling:
         seq: tokens of a stream.
         tile: tokens of a tile.
         num_tiles: tiles of all documents of all rows.
-        one_block: a tile holds one block: inside a tile all noisy keys of the copy are seen, and no clean key.
-        noisy_own: added to scores of noisy rows against noisy keys of their tile, float32 [tiles or 1, tile or 1, tile];
-            None when all are seen.
-        noisy_clean: the same for noisy rows against clean keys of their tile; None with ``one_block`` (none is seen).
+        one_block: a tile holds one block: inside a tile all noisy keys of the copy are seen, and no clean
+            key.
+        noisy_own: added to scores of noisy rows against noisy keys of their tile, float32 [tiles or 1, tile
+            or 1, tile]; None when all are seen.
+        noisy_clean: the same for noisy rows against clean keys of their tile; None with ``one_block`` (none
+            is seen).
         clean_clean: the same for clean rows against clean keys of their tile; None when all are seen.
         strips: documents that lie alike, in the order of their tiles.
         levels: (even runs, odd runs) of every level.
@@ -117,7 +122,7 @@ class Tiling:
 
 
 def choose_tile(block_size: int, longest: int) -> int:
-    """Tokens of a tile: whole blocks, at least ``MIN_TILE`` of them, and no longer than the longest document."""
+    """Tokens of a tile: whole blocks, at least ``MIN_TILE`` of them, and none beyond the longest document."""
     tile = block_size if block_size >= MIN_TILE else block_size * -(-MIN_TILE // block_size)
     return min(tile, longest)
 
@@ -128,7 +133,8 @@ def build_tiling(layout: Layout, tile: int | None = None) -> Tiling:
     Reads the layout's vectors on the host where rows hold several documents (CPU tensors: no wait).
 
     Args:
-        layout: blocks and documents; blocks start at each document's first token and only its last one is short.
+        layout: blocks and documents; blocks start at each document's first token and only its last one is
+            short.
         tile: tokens of a tile, a multiple of the block size or at least the longest document; None chooses.
 
     Returns:
@@ -140,13 +146,21 @@ def build_tiling(layout: Layout, tile: int | None = None) -> Tiling:
     batch, seq = layout.block_start.shape
     fragments = [(row, 0, seq) for row in range(batch)] if layout.single_document else _fragments(layout)
     longest = max(length for _, _, length in fragments)
-    tile = choose_tile(layout.block_size, longest) if tile is None else min(tile, longest)
+    if tile is None:
+        tile = choose_tile(layout.block_size, longest)
+    tile = min(tile, longest)
     if tile % layout.block_size and tile < longest:
-        raise KernelShapeError(f"tile={tile} cuts blocks of block_size={layout.block_size}; give a multiple of it")
+        raise KernelShapeError(
+            f"tile={tile} cuts blocks of block_size={layout.block_size}; give a multiple of it"
+        )
     counts = [-(-length // tile) for _, _, length in fragments]
     num_tiles = sum(counts)
     device = layout.block_start.device
-    lengths = [min(tile, length - i * tile) for (_, _, length), n in zip(fragments, counts, strict=True) for i in range(n)]
+    lengths = [
+        min(tile, length - i * tile)
+        for (_, _, length), n in zip(fragments, counts, strict=True)
+        for i in range(n)
+    ]
     filled = torch.tensor(lengths, device=device)
     padding = None
     if min(lengths) < tile:
@@ -175,8 +189,8 @@ def _fragments(layout: Layout) -> list[tuple[int, int, int]]:
     end = torch.minimum(start + layout.block_size, layout.doc_end)
     if not (torch.equal(start, layout.block_start) and torch.equal(end, layout.block_end)):
         raise KernelShapeError(
-            f"blocks are not all block_size={layout.block_size} from their document's start on (its last one aside); "
-            "use backend='dense'"
+            f"blocks are not all block_size={layout.block_size} from their document's start on "
+            "(its last one aside); use backend='dense'"
         )
     first = (layout.doc_start == position).nonzero()
     length = (layout.doc_end - layout.doc_start)[first[:, 0], first[:, 1]]
@@ -233,7 +247,8 @@ def _levels(counts: list[int], num_tiles: int, device: torch.device) -> tuple[tu
         for begin, count in zip(first, counts, strict=False):
             for even in range(0, count - size, 2 * size):
                 length = min(size, count - even - size)
-                # Documents of one shape: a group per place in the document is regular even where all together are not.
+                # Documents of one shape: a group per place in the document is regular even where all
+                # together are not.
                 place = even if alike and count % (2 * size) else 0
                 groups.setdefault((length, place), []).append((begin + even, begin + even + size))
         for (length, _), pairs in groups.items():

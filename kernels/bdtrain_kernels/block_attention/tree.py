@@ -1,16 +1,18 @@
 """Tree backend for CPUs: unmasked rectangles over the clean keys, small masked squares on the diagonal.
 
-Work and memory follow the pairs that are visible instead of the square of all tokens: O(seq) kept for backward. One
-``autograd.Function``; see ``tiling`` for the cut and ``pieces`` for a rectangle. Rows of all streams and of all query
-heads of a group stand beside each other in a tile, since they read the same clean keys: keys are never repeated.
+Work and memory follow the pairs that are visible instead of the square of all tokens: O(seq) kept for
+backward. One ``autograd.Function``; see ``tiling`` for the cut and ``pieces`` for a rectangle. Rows of all
+streams and of all query heads of a group stand beside each other in a tile, since they read the same clean
+keys: keys are never repeated.
 
-    own noisy tile:   per copy, noisy rows x noisy keys of the tile            (masked unless a tile is one block)
-    own clean tile:   all rows x clean keys of the tile                        (the same)
+    own noisy tile:   per copy, noisy rows x noisy keys of the tile            (masked unless a tile is one
+    block) own clean tile:   all rows x clean keys of the tile                        (the same)
     each level:       all rows of the odd runs x clean keys of the even runs   (never masked)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +82,8 @@ def tree_attention(
         scale: factor of the scores; None is head_dim ** -0.5.
 
     Returns:
-        [batch, heads, rows, head_dim], in the memory order of ``q``. Inputs narrower than float32 are computed in
-        float32 and rounded once.
+        [batch, heads, rows, head_dim], in the memory order of ``q``. Inputs narrower than float32 are
+        computed in float32 and rounded once.
     """
     case = _Case(
         tiling=tiling,
@@ -100,29 +102,29 @@ def tree_attention(
 class _Tree(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, case: _Case, keep: bool) -> Tensor:
-        rows = _pack(q, case, rows=True).mul_(case.scale / LN2)  # [kv_heads, tiles, streams, group, tile, head_dim]
-        keys, values = _pack(k, case, rows=False), _pack(v, case, rows=False)  # [streams, kv_heads, tiles, 1, tile, head_dim]
+        # rows [kv_heads, tiles, streams, group, tile, head_dim]
+        # keys [streams, kv_heads, tiles, 1, tile, head_dim]
+        rows = _pack(q, case, rows=True).mul_(case.scale / LN2)
+        keys, values = _pack(k, case, rows=False), _pack(v, case, rows=False)
         out = torch.empty_like(rows)
         lse = rows.new_empty(rows.shape[:-1])
         saved: list[Saved] = []
         for piece in _pieces(case):
+            run_out, run_lse = piece.rows(out), piece.rows(lse)
             part, part_lse, kept = forward_piece(
                 piece.rows(rows),
                 piece.keys(keys),
                 piece.keys(values),
                 heads=case.kv_heads,
-                hide=piece.hide if piece.masked else None,
+                hide=piece.hider(),
                 keep=keep,
+                into=(run_out, run_lse) if piece.first else None,
             )
             saved.append(kept)
-            run_out, run_lse = piece.rows(out), piece.rows(lse)
-            if piece.first:
-                run_out.copy_(part)
-                run_lse.copy_(part_lse)
-            else:
+            if not piece.first:
                 merge_(run_out, run_lse, part, part_lse)
-            piece.put_rows(out, run_out)
-            piece.put_rows(lse, run_lse)
+                piece.put_rows(out, run_out)
+                piece.put_rows(lse, run_lse)
         if keep:
             flat = [tensor for piece_saved in saved for pair in piece_saved for tensor in pair]
             ctx.save_for_backward(rows, keys, values, out, lse, *flat)
@@ -139,10 +141,18 @@ class _Tree(torch.autograd.Function):
         rows, keys, values, out, lse, *flat = ctx.saved_tensors
         grad_out = _pack(grad, case, rows=True)
         delta = (grad_out * out).sum(dim=-1)
-        grad_rows = torch.zeros_like(rows)
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        grad_rows, grad_keys, grad_values = (torch.empty_like(x) for x in (rows, keys, values))
+        if case.clean and not (case.clean_rows or not case.tiling.one_block):
+            # The one case without a piece over the own clean tile, which is the first to write to clean keys.
+            grad_keys[-1].zero_()
+            grad_values[-1].zero_()
         pairs = iter(zip(flat[0::2], flat[1::2], strict=True))
         for piece, chunks in zip(_pieces(case), ctx.saved_chunks, strict=True):
+            into = (
+                piece.rows(grad_rows) if piece.first else None,
+                piece.keys(grad_keys) if isinstance(piece, _OwnTile) else None,
+                piece.keys(grad_values) if isinstance(piece, _OwnTile) else None,
+            )
             part = backward_piece(
                 piece.rows(grad_out),
                 piece.rows(rows),
@@ -153,10 +163,13 @@ class _Tree(torch.autograd.Function):
                 piece.rows(delta),
                 [next(pairs) for _ in range(chunks)],
                 heads=case.kv_heads,
+                into=into,
             )
-            piece.add_rows(grad_rows, part[0])
-            piece.add_keys(grad_keys, part[1])
-            piece.add_keys(grad_values, part[2])
+            if into[0] is None:
+                piece.add_rows(grad_rows, part[0])
+            if isinstance(piece, _Level):
+                piece.add_keys(grad_keys, part[1])
+                piece.add_keys(grad_values, part[2])
         return (
             _unpack(grad_rows.mul_(case.scale), case, ctx.like[0], ctx.dtypes[0], rows=True),
             _unpack(grad_keys.mul_(LN2), case, ctx.like[1], ctx.dtypes[1], rows=False),
@@ -168,7 +181,9 @@ class _Tree(torch.autograd.Function):
 
 def _pack(x: Tensor, case: _Case, *, rows: bool) -> Tensor:
     streams = case.row_streams if rows else case.key_streams
-    return pack(x, case.tiling, kv_heads=case.kv_heads, streams=streams, dtype=case.dtype, stream_first=not rows)
+    return pack(
+        x, case.tiling, kv_heads=case.kv_heads, streams=streams, dtype=case.dtype, stream_first=not rows
+    )
 
 
 def _unpack(x: Tensor, case: _Case, order: tuple[int, ...], dtype: torch.dtype, *, rows: bool) -> Tensor:
@@ -209,11 +224,11 @@ class _OwnTile:
     key_stream: int
     first: bool
 
-    @property
-    def masked(self) -> bool:
-        """Whether some keys of the tile must be hidden."""
+    def hider(self) -> Callable[[Tensor, int], None] | None:
+        """What hides keys of the tile from its rows, if any are hidden."""
         tiling = self.case.tiling
-        return (tiling.noisy_own if self.key_stream < self.case.copies else tiling.clean_clean) is not None
+        mask = tiling.noisy_own if self.key_stream < self.case.copies else tiling.clean_clean
+        return None if mask is None else self._hide
 
     def rows(self, packed: Tensor) -> Tensor:
         """A view of packed rows (or of their LSE) as [kv_heads * tiles, rows, ..]."""
@@ -230,11 +245,7 @@ class _OwnTile:
         """Add to packed rows."""
         self.rows(packed).add_(values)
 
-    def add_keys(self, packed: Tensor, values: Tensor) -> None:
-        """Add to packed keys."""
-        self.keys(packed).add_(values)
-
-    def hide(self, scores: Tensor, heads: int) -> None:
+    def _hide(self, scores: Tensor, heads: int) -> None:
         """Add the mask to scores [heads * tiles, rows, keys], in place."""
         case, tiling = self.case, self.case.tiling
         by_stream = scores.view(heads, tiling.num_tiles, -1, case.group, tiling.tile, tiling.tile)
@@ -261,10 +272,9 @@ class _Level:
     odds: Span
 
     first = False
-    masked = False
 
     def rows(self, packed: Tensor) -> Tensor:
-        """Packed rows (or their LSE) of the odd runs as [kv_heads * runs, rows, ..]; a copy when irregular."""
+        """Rows (or LSE) of the odd runs as [kv_heads * runs, rows, ..]; a copy when irregular."""
         return self.odds.take(packed.flatten(2, 4))
 
     def keys(self, packed: Tensor) -> Tensor:
@@ -283,8 +293,9 @@ class _Level:
         """Add to packed clean keys."""
         self.evens.add(packed[-1].flatten(2, 3), values)
 
-    def hide(self, scores: Tensor, heads: int) -> None:
+    def hider(self) -> None:
         """Nothing is hidden at a level."""
+        return None
 
 
 def _add_mask(scores: Tensor, mask: Tensor | None) -> None:

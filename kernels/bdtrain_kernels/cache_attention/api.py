@@ -14,14 +14,15 @@ def cache_attention(
 ) -> Tensor:
     """Attention of every query to every valid key.
 
-    All query heads of a group read the same keys and there is no mask between rows, so the group is folded into the rows
-    and the keys are never repeated.
+    All query heads of a group read the same keys and there is no mask between rows, so the group is folded
+    into the rows and the keys are never repeated.
 
     Args:
         q: queries, [batch, heads, rows, head_dim].
         k: cached keys followed by the block's own, [batch, kv_heads, keys, head_dim]; kv_heads divides heads.
         v: values, like ``k``.
-        key_mask: True where a key is valid, bool [batch, keys]; every batch row needs at least one. None when all are.
+        key_mask: True where a key is valid, bool [batch, keys]; every batch row needs at least one. None
+            when all are.
         scale: factor of the scores; None is head_dim ** -0.5.
 
     Returns:
@@ -32,7 +33,8 @@ def cache_attention(
     """
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise KernelShapeError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they must be [batch, heads, rows, head_dim] and "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they must be "
+            "[batch, heads, rows, head_dim] and "
             "[batch, kv_heads, keys, head_dim] with kv_heads dividing heads"
         )
     mask = None
@@ -45,4 +47,6 @@ def cache_attention(
         mask = key_mask[:, None, None, :]
     batch, heads, rows, head_dim = q.shape
     folded = q.reshape(batch, k.shape[1], heads // k.shape[1] * rows, head_dim)
-    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(batch, heads, rows, head_dim)
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(
+        batch, heads, rows, head_dim
+    )

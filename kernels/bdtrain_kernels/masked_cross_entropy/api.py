@@ -25,19 +25,21 @@ def masked_cross_entropy(
     row_weights: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Negative log-likelihood of each given row: output head and cross-entropy in one, logits never held for all rows.
+    """Negative log-likelihood of each given row: output head and cross-entropy, a chunk of rows at a time.
 
     Args:
-        hidden: hidden states of the rows that are predicted (the masked ones), [rows, hidden]; 0 rows are fine.
+        hidden: hidden states of the rows that are predicted (the masked ones), [rows, hidden]; 0 rows are
+            fine.
         weight: output embedding, [padded vocab, hidden].
         bias: [padded vocab] or None.
         targets: ids to predict, int64 [rows], in [0, vocab_size). The nll of an excluded id is +inf.
-        excluded: ids below ``vocab_size`` that are never predicted (the mask token's), int64 [ids] or a list; None for none.
+        excluded: ids below ``vocab_size`` that are never predicted (the mask token's), int64 [ids] or a
+            list; None for none.
         vocab_size: rows of ``weight`` from here on are padding: never predicted, gradient 0.
-        row_weights: what the caller will multiply the rows with before summing, float [rows], up to one common factor; no
-            gradient flows to it and the returned nll is not multiplied. When the gradient that arrives is that, the head is
-            not computed a second time in backward (one number is then read on the host); any other gradient is right too,
-            at the cost of one more product.
+        row_weights: what the caller will multiply the rows with before summing, float [rows], up to one
+            common factor; no gradient flows to it and the returned nll is not multiplied. When the gradient
+            that arrives is that, the head is not computed a second time in backward (one number is then read
+            on the host); any other gradient is right too, at the cost of one more product.
         chunk_rows: rows at a time; None keeps a chunk's logits at about 4 MiB.
 
     Returns:
@@ -48,12 +50,14 @@ def masked_cross_entropy(
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise KernelShapeError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; they must be [rows, hidden], [vocab, hidden]"
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; they must be "
+            "[rows, hidden], [vocab, hidden]"
         )
     if targets.shape != hidden.shape[:1] or (row_weights is not None and row_weights.shape != targets.shape):
         found = None if row_weights is None else tuple(row_weights.shape)
         raise KernelShapeError(
-            f"targets {tuple(targets.shape)}, row_weights {found}; hidden has {hidden.shape[0]} rows, give one each"
+            f"targets {tuple(targets.shape)}, row_weights {found}; "
+            f"hidden has {hidden.shape[0]} rows, give one each"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise KernelShapeError(f"bias {tuple(bias.shape)}; weight has {weight.shape[0]} rows, give one each")

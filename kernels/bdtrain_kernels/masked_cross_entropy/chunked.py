@@ -1,9 +1,10 @@
 """Chunked form: logits of a few rows at a time, gradients made while they are there.
 
-The gradient of the hidden rows is linear in each row's incoming gradient, so it is made once with 1 and scaled later. The
-gradients of weight and bias mix rows, so they need the incoming gradients beforehand: the caller may announce them
-(``row_weights``). If what arrives in backward is the announced vector times one number, the sums made in forward are
-scaled by it; otherwise the chunks are computed again. Both give the same gradients; the second costs one more product.
+The gradient of the hidden rows is linear in each row's incoming gradient, so it is made once with 1 and
+scaled later. The gradients of weight and bias mix rows, so they need the incoming gradients beforehand: the
+caller may announce them (``row_weights``). If what arrives in backward is the announced vector times one
+number, the sums made in forward are scaled by it; otherwise the chunks are computed again. Both give the
+same gradients; the second costs one more product.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunk_rows: int,
         with_gradient: bool,
     ) -> Tensor:
-        """nll [rows], and with ``row_weights`` the gradients of its weighted sum."""
+        """Nll [rows], and with ``row_weights`` the gradients of its weighted sum."""
         rows = hidden.shape[0]
         nll = torch.empty(rows, dtype=_accumulation_dtype(hidden), device=hidden.device)
-        one_pass = with_gradient and row_weights is not None
-        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if one_pass else None
+        announced = row_weights if with_gradient else None
+        grads = None if announced is None else _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         for begin in range(0, rows, chunk_rows):
             chunk = slice(begin, begin + chunk_rows)
             target = targets[chunk].unsqueeze(1)
@@ -45,9 +46,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             at_target = logits.gather(1, target)
             total = logits.exp_().sum(dim=-1, keepdim=True)
             nll[chunk] = (total.log() - at_target).squeeze(1)
-            if grads is not None:
-                grads.add(chunk, logits.div_(total), target, row_weights[chunk])
-        ctx.vocab_size, ctx.chunk_rows, ctx.one_pass = vocab_size, chunk_rows, one_pass
+            if grads is not None and announced is not None:
+                grads.add(chunk, logits.div_(total), target, announced[chunk])
+        ctx.vocab_size, ctx.chunk_rows, ctx.one_pass = vocab_size, chunk_rows, grads is not None
         if with_gradient:
             made = (None, None, None) if grads is None else (grads.hidden, grads.weight, grads.bias)
             ctx.save_for_backward(hidden, weight, bias, targets, excluded, row_weights, *made)
@@ -108,8 +109,10 @@ class _Gradients:
                 self.weight[:vocab] += score_grad.t() @ rows
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, excluded: Tensor | None, vocab_size: int) -> Tensor:
-    """Logits of the real vocabulary, [rows, vocab_size], the excluded ids at -inf; a fresh tensor to work in."""
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, excluded: Tensor | None, vocab_size: int
+) -> Tensor:
+    """Fresh logits of the real vocabulary, [rows, vocab_size], the excluded ids at -inf."""
     bias = None if bias is None else bias[:vocab_size]
     logits = torch.nn.functional.linear(hidden, weight[:vocab_size], bias).to(_accumulation_dtype(hidden))
     return logits if excluded is None else logits.index_fill_(1, excluded, -torch.inf)

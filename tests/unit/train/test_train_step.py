@@ -77,7 +77,7 @@ def our_steps(groups, objective, *, micro_batch_size, copies, steps, zero_stage=
 
 
 def plain_steps(groups, objective, *, copies, steps):
-    """One batch at a time: dense logits of all rows, cross-entropy, torch's clipping and AdamW, average by hand."""
+    """One batch at a time: dense logits of all rows, cross-entropy, torch's AdamW, average by hand."""
     model = build_model(tiny_model_config(), pg_collection=groups, mask_id=MASK, seed=3)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
