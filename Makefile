@@ -8,7 +8,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check fmt fmt-check lint types test-unit test-dist test-kernels test-e2e bench clean \
+.PHONY: help quickstart test check fmt fmt-check lint types test-unit test-kernels test-e2e bench clean \
 	env-run env-dev
 
 TORCH ?= auto
@@ -41,7 +41,7 @@ env-run:
 	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)"
 
 env-dev:
-	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)" --extras dev,ray
+	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)" --extras dev
 
 quickstart: env-run ## from text to a trained, evaluated model in minutes (INPUT=path for your own text)
 	$(PY) tools/quickstart.py $(if $(INPUT),--input "$(INPUT)")
@@ -71,9 +71,6 @@ types: env-dev ## mypy
 
 test-unit: env-dev ## tests without processes
 	$(PY) -m pytest tests/unit $(ARGS)
-
-test-dist: env-dev ## tests with several ranks
-	$(PY) -m pytest tests/distributed $(ARGS)
 
 test-kernels: env-dev ## kernels against their reference
 	$(PY) -m pytest tests/kernels $(ARGS)

@@ -6,6 +6,8 @@ shell, so that a supervisor can tell a mistake in the configuration from a fault
 
 from __future__ import annotations
 
+import sys
+
 
 class BdtrainError(Exception):
     """Base of every error that bdtrain raises on purpose."""
@@ -47,3 +49,27 @@ class NonFiniteError(BdtrainError):
     """Loss or gradients were not finite for too many steps in a row."""
 
     exit_code = 4
+
+
+def report_failure(error: BaseException, *, enabled: bool = True) -> int:
+    """Print what ended a command, one message and no traceback, and say its exit code.
+
+    Args:
+        error: a ``BdtrainError``, an ``OSError`` or a ``KeyboardInterrupt``; anything else is a bug and is
+            raised again.
+        enabled: whether this process prints; one rank is enough.
+
+    Returns:
+        The exit code: that of the error, 1 for the system's refusal, 130 for an interrupt.
+    """
+    if isinstance(error, BdtrainError):
+        text, code = f"error: {error}", error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        text, code = "interrupted", 130
+    elif isinstance(error, OSError):
+        text, code = f"error: {error.filename or 'a file'}: {error.strerror or error}", 1
+    else:
+        raise error
+    if enabled:
+        print(text, file=sys.stderr)
+    return code

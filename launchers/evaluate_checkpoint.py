@@ -8,6 +8,14 @@ import sys
 from pathlib import Path
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def main(arguments: list[str]) -> int:
     """Evaluate, print, write JSON.
 
@@ -19,11 +27,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data", type=Path, help="corpus folder; the one it was trained on if left out")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file instead of a corpus; one document")
     parser.add_argument("--split", default="valid", choices=["valid", "train"], help="part of the corpus")
-    parser.add_argument("--sequences", type=int, help="rows to use; all if left out")
+    parser.add_argument("--sequences", type=positive, help="rows to use; all if left out")
     parser.add_argument("--replicates", type=int, default=2, help="draws of the noise per row (default: 2)")
     parser.add_argument("--seed", type=int, help="seed of the noise; the run's if left out")
     parser.add_argument(
-        "--batch-size", type=int, help="rows per forward pass; the run's micro-batch if left out"
+        "--batch-size", type=positive, help="rows per forward pass; the run's micro-batch if left out"
     )
     parser.add_argument(
         "--baselines", action="store_true", help="also unigram, bigram and gzip on the same text"
@@ -31,7 +39,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args(arguments)
 
-    from bdtrain.errors import BdtrainError
+    from bdtrain.errors import BdtrainError, report_failure
 
     try:
         from bdtrain.parallel.libraries import prepare_libraries
@@ -50,14 +58,13 @@ def main(arguments: list[str]) -> int:
             batch_size=options.batch_size,
             baselines=options.baselines,
         )
-    except BdtrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    for line in result.lines():
-        print(line)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+        for line in result.lines():
+            print(line)
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    except (BdtrainError, OSError, KeyboardInterrupt) as error:
+        return report_failure(error)
     return 0
 
 

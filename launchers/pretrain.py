@@ -10,12 +10,12 @@ def main(arguments: list[str]) -> int:
     """Read the configuration, train, report.
 
     Returns:
-        The exit code: 0 done, 3 wrong configuration, 4 not finite, 6 data, 7 checkpoint.
+        The exit code: 0 done, 3 wrong configuration, 4 not finite, 6 data, 7 checkpoint, 130 interrupted.
     """
     from bdtrain.config import parse_command_line
-    from bdtrain.errors import BdtrainError
+    from bdtrain.errors import BdtrainError, report_failure
 
-    rank = int(os.environ.get("RANK", "0"))
+    first = os.environ.get("RANK", "0") == "0"
     try:
         command = parse_command_line(arguments, description=__doc__ or "")
         if command.finished:
@@ -27,11 +27,9 @@ def main(arguments: list[str]) -> int:
         from bdtrain.tracking.console import Console
         from bdtrain.train.launch import train_from_config
 
-        train_from_config(command.config, os.environ, console=Console(enabled=rank == 0))
-    except BdtrainError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        train_from_config(command.config, os.environ, console=Console(enabled=first))
+    except (BdtrainError, OSError, KeyboardInterrupt) as error:
+        return report_failure(error, enabled=first)
     return 0
 
 

@@ -8,6 +8,14 @@ import sys
 from pathlib import Path
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def main(arguments: list[str]) -> int:
     """Generate and print.
 
@@ -19,12 +27,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--prompt", action="append", help="text to continue; repeat for a batch (default: none)"
     )
-    parser.add_argument("--tokens", type=int, default=128, help="tokens to generate at most (default: 128)")
-    parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt (default: 1)")
+    parser.add_argument(
+        "--tokens", type=positive, default=128, help="tokens to generate at most (default: 128)"
+    )
+    parser.add_argument(
+        "--samples", type=positive, default=1, help="continuations of each prompt (default: 1)"
+    )
     parser.add_argument(
         "--method", default="ancestral", choices=["ancestral", "first_hitting", "confidence", "static"]
     )
-    parser.add_argument("--steps", type=int, help="denoising steps per block; one per token if left out")
+    parser.add_argument("--steps", type=positive, help="denoising steps per block; one per token if left out")
     parser.add_argument(
         "--threshold", type=float, default=0.9, help="of the method confidence (default: 0.9)"
     )
@@ -34,7 +46,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     options = parser.parse_args(arguments)
 
-    from bdtrain.errors import BdtrainError
+    from bdtrain.errors import BdtrainError, report_failure
 
     try:
         from bdtrain.parallel.libraries import prepare_libraries
@@ -53,9 +65,8 @@ def main(arguments: list[str]) -> int:
             top_p=options.top_p,
             seed=options.seed,
         )
-    except BdtrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (BdtrainError, OSError, KeyboardInterrupt) as error:
+        return report_failure(error)
     for text in texts:
         if options.json:
             print(json.dumps(text.to_dict(), ensure_ascii=False))

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+MARKER = ".quickstart"
+OWN_SETTINGS = ("run.folder", "data.path", "validation.at_start", "checkpoint.save_final")
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
@@ -45,13 +46,23 @@ def main() -> int:
         "overrides", nargs="*", help="key=value settings for the run, for example train.steps=50"
     )
     options = parser.parse_args()
+    for word in options.overrides:
+        if word.split("=")[0] in OWN_SETTINGS:
+            parser.error(f"{word}: the quickstart sets {', '.join(OWN_SETTINGS)} itself")
+    folder = Path(options.folder).resolve()
+    source = Path(options.input).resolve() if options.input and "*" not in options.input else None
+    if source is not None and not source.exists():
+        parser.error(f"--input {options.input}: there is no such file or folder")
+    if source is not None and source.is_relative_to(folder):
+        parser.error(f"--input {options.input} lies in --folder {options.folder}; choose another --folder")
 
     started = time.monotonic()
-    folder = Path(options.folder)
     make_way(folder)
-    text = shlex.quote(options.input or str(collect_standard_library(folder / "text")))
-    place = shlex.quote(str(folder))
-    settings = shlex.join([f"run.folder={folder}/run", f"data.path={folder}/corpus", *options.overrides])
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+    text = shlex.quote(str(source or options.input or collect_standard_library(folder / "text")))
+    place = shlex.quote(str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder))
+    settings = shlex.join([f"run.folder={place}/run", f"data.path={place}/corpus", *options.overrides])
     try:
         run_step(
             "1/4 tokenizer",
@@ -80,14 +91,16 @@ def main() -> int:
 
 
 def make_way(folder: Path) -> None:
-    """Move an earlier quickstart aside; the one before that is removed."""
+    """Move an earlier quickstart aside, under the next free number. Nothing is ever removed."""
     if not folder.exists():
         return
-    earlier = folder.with_name(folder.name + ".previous")
-    if earlier.exists():
-        shutil.rmtree(earlier)
-    folder.rename(earlier)
-    print(f"the earlier quickstart is now in {earlier}")
+    if not (folder / MARKER).exists():
+        raise SystemExit(f"error: {folder} exists and is no quickstart's; choose another --folder")
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    print(f"the earlier quickstart is now in {aside}")
 
 
 def collect_standard_library(folder: Path) -> Path:
@@ -134,6 +147,11 @@ def write_summary(folder: Path, wall_seconds: float) -> dict[str, Any]:
     """Put the numbers of the run and of the evaluation side by side in ``summary.json``."""
     run = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    if evaluation["tokens"] != run["after"]["tokens"]:
+        raise SystemExit(
+            f"error: training was validated on {run['after']['tokens']} tokens, the baselines on "
+            f"{evaluation['tokens']}; leave validation.sequences out"
+        )
     summary = {
         "nelbo_before": run["before"]["nelbo"],
         "nelbo_after": run["after"]["nelbo"],
@@ -146,6 +164,11 @@ def write_summary(folder: Path, wall_seconds: float) -> dict[str, Any]:
         "wall_seconds": wall_seconds,
         "checkpoint": run["checkpoint"],
     }
+    # The saved weights, read back from disk, must be worth what the run said.
+    if abs(evaluation["nelbo"] - run["after"]["nelbo"]) > 1e-4:
+        raise SystemExit(
+            f"error: the saved weights give {evaluation['nelbo']}, the run said {run['after']['nelbo']}"
+        )
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 

@@ -1,6 +1,6 @@
 """Make ``.venv`` fit for a target of the Makefile.
 
-    python3.11 tools/set_up_venv.py --extras dev,ray --torch cpu
+    python3.11 tools/set_up_venv.py --extras dev --torch cpu
 
 Standard library only, because it runs before anything is installed. What was installed is recorded in
 ``.venv/.stamp``; when that still holds, nothing happens. An interrupted set-up is continued by the next call.
@@ -242,9 +242,8 @@ def installed_outside() -> set[str]:
     names = {normalise(name) for name in result.stdout.split()}
     if "torch" not in names:
         raise SetUpError(
-            f"TORCH=installed, but {BASE_PYTHON} has no torch. Choose another Python "
-            f"(PYTHON=/path/to/python make ...) "
-            "or another torch (TORCH=cpu or TORCH=cuda)."
+            f"TORCH=installed, but {BASE_PYTHON} has no torch. Choose another Python (PYTHON=/path/to/python "
+            f"make ...) or another torch (TORCH=cpu or TORCH=cuda)."
         )
     return names
 

@@ -39,6 +39,7 @@ def commit_folder(final: Path) -> Iterator[Path]:
     temporary = final.parent / f".tmp-{final.name}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        _recover(final)
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir()
@@ -63,6 +64,7 @@ def verify_folder(folder: Path) -> None:
         CheckpointError: if the folder or its manifest is missing, or a file is missing, of another size or
             content.
     """
+    _recover(folder)
     manifest = folder / MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds {MANIFEST}")
@@ -103,19 +105,39 @@ def _seal(folder: Path) -> None:
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
     _sync(manifest)
+    for path in sorted(p for p in folder.rglob("*") if p.is_dir()):
+        _sync(path)
     _sync(folder)
 
 
 def _replace(temporary: Path, final: Path) -> None:
     """Rename into place; a folder cannot be renamed over a full one, so an older one steps aside first."""
-    dead = final.parent / f".tmp-dead-{final.name}"
-    if dead.exists():
-        shutil.rmtree(dead)
+    aside = _aside(final)
     if final.exists():
-        final.rename(dead)
-    temporary.rename(final)
+        final.rename(aside)
+    try:
+        temporary.rename(final)
+    except BaseException:
+        if aside.exists():
+            aside.rename(final)
+        raise
     _sync(final.parent)
-    shutil.rmtree(dead, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(final: Path) -> Path:
+    return final.parent / f".tmp-old-{final.name}"
+
+
+def _recover(final: Path) -> None:
+    """Undo what a crash left: the old folder comes back when it stepped aside and nothing took its place."""
+    aside = _aside(final)
+    if not aside.exists():
+        return
+    if final.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(final)
 
 
 def _sync(path: Path) -> None:

@@ -82,7 +82,11 @@ def save_model(
         weights = {
             name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()
         }
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # It wraps the system's refusal (disk full) in an error of its own.
+            raise OSError(str(error)) from error
         (temporary / CONFIG).write_text(config_yaml, encoding="utf-8")
         (temporary / FACTS).write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:

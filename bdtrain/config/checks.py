@@ -22,7 +22,7 @@ SHARE_TOLERANCE = 1e-9
 
 def find_conflicts(config: RunConfig) -> list[Problem]:
     """Breaches of the rules between settings, all of them."""
-    rules = (_model, _data, _blocks, _clip_range, _optim, _batches)
+    rules = (_model, _data, _blocks, _clip_range, _optim, _batches, _sample)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -66,7 +66,7 @@ def without_effect(config: RunConfig) -> dict[str, Reason]:
     if data.kind == "corpus":
         ignore("data.kind", "corpus", "data.synthetic_vocab_size", "data.synthetic_tokens")
     else:
-        ignore("data.kind", "synthetic", "data.path", "data.window_shards", "data.lanes", "data.on_corrupt")
+        ignore("data.kind", "synthetic", "data.path", "data.window_shards", "data.lanes")
     if diffusion.algo == "ar":
         plan = [f"diffusion.plan.{name}" for name in type(diffusion.plan).model_fields]
         noise = ["diffusion.schedule", "diffusion.noise_copies", *plan]
@@ -149,8 +149,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("model.num_heads", "model.hidden_size"),
             f"model.num_heads={model.num_heads} does not divide model.hidden_size={model.hidden_size}; "
-            f"choose num_heads "
-            f"from {_divisors(model.hidden_size)} or give model.head_dim",
+            f"choose num_heads from {_divisors(model.hidden_size)} or give model.head_dim",
         )
     elif model.head_dim % 2:
         yield Problem(
@@ -162,22 +161,19 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("model.num_kv_heads", "model.num_heads"),
             f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
-            f"choose it from "
-            f"{_divisors(model.num_heads)}",
+            f"choose it from {_divisors(model.num_heads)}",
         )
     if model.shape == "bd3lm" and model.num_kv_heads != model.num_heads:
         yield Problem(
             ("model.num_kv_heads", "model.num_heads", "model.shape"),
             f"model.num_kv_heads={model.num_kv_heads} with model.shape=bd3lm; that shape has multi-head "
-            f"attention: "
-            f"leave num_kv_heads out, or choose model.shape=qwen3",
+            f"attention: leave num_kv_heads out, or choose model.shape=qwen3",
         )
     if model.shape == "bd3lm" and model.head_dim * model.num_heads != model.hidden_size:
         yield Problem(
             ("model.head_dim", "model.num_heads", "model.hidden_size", "model.shape"),
             f"model.head_dim={model.head_dim} times model.num_heads={model.num_heads} is not "
-            f"model.hidden_size="
-            f"{model.hidden_size}, which model.shape=bd3lm needs; leave head_dim out",
+            f"model.hidden_size={model.hidden_size}, which model.shape=bd3lm needs; leave head_dim out",
         )
 
 
@@ -189,12 +185,11 @@ def _data(config: RunConfig) -> Iterator[Problem]:
             "data.path is missing; give the corpus folder (python tools/preprocess.py makes one), or "
             "data.kind=synthetic",
         )
-    if data.kind == "synthetic" and vocab_size is not None and vocab_size < data.synthetic_vocab_size:
+    if data.kind == "synthetic" and vocab_size not in (None, data.synthetic_vocab_size):
         yield Problem(
             ("model.vocab_size", "data.synthetic_vocab_size"),
-            f"model.vocab_size={vocab_size} is smaller than "
-            f"data.synthetic_vocab_size={data.synthetic_vocab_size}; "
-            f"leave model.vocab_size out",
+            f"model.vocab_size={vocab_size} is not data.synthetic_vocab_size={data.synthetic_vocab_size}; "
+            f"leave model.vocab_size out, it follows the data",
         )
     if data.kind == "synthetic" and data.synthetic_tokens < data.seq_len:
         yield Problem(
@@ -222,8 +217,8 @@ def _blocks(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             keys,
             f"diffusion.block_size={block_size} with diffusion.algo=mdlm, whose block is the row of "
-            f"data.seq_len={seq_len}; "
-            f"remove it (or diffusion.block_size=null), or choose algo=block_diffusion",
+            f"data.seq_len={seq_len}; remove it (or diffusion.block_size=null), or choose "
+            f"algo=block_diffusion",
         )
     if algo == "ar" and block_size != 1:
         yield Problem(
@@ -243,8 +238,7 @@ def _clip_range(config: RunConfig) -> Iterator[Problem]:
             yield Problem(
                 (*keys, "diffusion.plan.resample"),
                 "diffusion.plan.resample=true without diffusion.plan.clip_range has nothing to hold blocks "
-                "to; give a "
-                "range or remove resample",
+                "to; give a range or remove resample",
             )
         return
     beta, omega = plan.clip_range
@@ -257,16 +251,14 @@ def _clip_range(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             keys,
             f"diffusion.plan.clip_range=[{beta}, {omega}] is empty; beta must be below omega (only [1, 1], "
-            f"full masking, "
-            f"may be a point)",
+            f"full masking, may be a point)",
         )
         return
     if diffusion.schedule != "linear" and not diffusion.schedule.startswith("reference_"):
         yield Problem(
             (*keys, "diffusion.schedule"),
-            f"diffusion.plan.clip_range with diffusion.schedule={diffusion.schedule}; a range of the "
-            f"masking probability "
-            f"is defined for schedule=linear: use that, or clip_range=null",
+            f"diffusion.plan.clip_range with diffusion.schedule={diffusion.schedule}; a range of the masking "
+            f"probability is defined for schedule=linear: use that, or clip_range=null",
         )
     if plan.resample:
         yield from _resample(diffusion)
@@ -333,4 +325,21 @@ def _batches(config: RunConfig) -> Iterator[Problem]:
             ("train.micro_batch_size", "train.global_batch_size"),
             f"train.micro_batch_size={train.micro_batch_size} does not divide train.global_batch_size="
             f"{train.global_batch_size}; choose it from {_divisors(train.global_batch_size)}",
+        )
+
+
+def _sample(config: RunConfig) -> Iterator[Problem]:
+    data, sample = config.data, config.validation
+    if data.kind == "synthetic" and sample.sample_prompt:
+        yield Problem(
+            ("validation.sample_prompt", "data.kind"),
+            f"validation.sample_prompt={sample.sample_prompt!r} with data.kind=synthetic, which has no "
+            f"tokenizer to read it with; remove it, or train on a corpus",
+        )
+    if config.diffusion.algo == "mdlm" and sample.sample_tokens > data.seq_len:
+        yield Problem(
+            ("validation.sample_tokens", "data.seq_len", "diffusion.algo"),
+            f"validation.sample_tokens={sample.sample_tokens} is more than the one row of "
+            f"data.seq_len={data.seq_len} that diffusion.algo=mdlm learns to fill; choose at most "
+            f"{data.seq_len} (0 writes no sample)",
         )

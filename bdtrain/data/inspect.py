@@ -18,15 +18,14 @@ def describe_corpus(folder: Path) -> list[str]:
     index = CorpusIndex.load(folder)
     lines = [
         f"{folder}: fingerprint {index.fingerprint[:12]}, packing {index.packing}, "
-        f"{np.dtype(index.dtype).name}, "
-        f"rows of {index.row_length}, {index.vocab_size} ids, tokenizer {index.tokenizer_sha256[:12]}"
-        f"{', documents begin with BOS' if index.bos else ''}"
+        f"{np.dtype(index.dtype).name}, rows of {index.row_length}, {index.vocab_size} ids, tokenizer "
+        f"{index.tokenizer_sha256[:12]}{', documents begin with BOS' if index.bos else ''}"
     ]
     for name, split in index.splits.items():
         lines.append(
             f"{name}: {len(split.shards)} shards, {split.rows} rows, {split.documents} documents, "
-            f"{split.tokens} tokens, "
-            f"{split.text_bytes} bytes of text ({split.text_bytes / split.tokens:.2f} bytes per token)"
+            f"{split.tokens} tokens, {split.text_bytes} bytes of text ({split.text_bytes / split.tokens:.2f} "
+            f"bytes per token)"
         )
     return lines
 

@@ -65,8 +65,7 @@ def make_batch(
     if tokens.max() >= info.vocab_size:
         raise DataError(
             f"the data hold token {tokens.max()}, the tokenizer has {info.vocab_size} ids: the corpus was "
-            f"not made "
-            f"with this tokenizer; run tools/preprocess.py again"
+            f"not made with this tokenizer; run tools/preprocess.py again"
         )
     documents, counted = find_documents(tokens, eos_id=info.eos_id, bos_id=info.bos_id, pad_id=info.pad_id)
     return Batch(

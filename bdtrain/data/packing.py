@@ -2,7 +2,7 @@
 
 Packing is "concat": the tokens of every document, then EOS, form one stream that is cut into rows; the last
 row of a shard is filled with PAD. Nothing is dropped and no boundary is stored: EOS is a control id that text
-cannot produce, so the documents of any row can be read off its tokens (MATH.md, section 1).
+cannot produce, so a document starts after each EOS, and the documents of any row can be read off its tokens.
 """
 
 from __future__ import annotations
@@ -141,10 +141,9 @@ def check_seq_len(seq_len: int, *, row_length: int, member_rows: int) -> None:
     below = [n for n in allowed if n < seq_len][-2:]
     above = [n for n in allowed if n > seq_len][:2]
     raise DataError(
-        f"data.seq_len={seq_len} cannot be cut from members of {member_rows} rows of {row_length} tokens; "
-        f"it must "
-        f"divide {member_tokens}: nearest are {', '.join(map(str, below + above))} "
-        f"(or preprocess again with another --row-length)"
+        f"data.seq_len={seq_len} cannot be cut from members of {member_rows} rows of {row_length} tokens; it "
+        f"must divide {member_tokens}: nearest are {', '.join(map(str, below + above))} (or preprocess again "
+        f"with another --row-length)"
     )
 
 

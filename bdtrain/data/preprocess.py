@@ -208,8 +208,7 @@ def preprocess(
     except OSError as error:
         raise DataError(
             f"cannot write to {error.filename or out} ({error.strerror}); what is finished is kept: mend "
-            f"this and run the "
-            f"same command again"
+            f"this and run the same command again"
         ) from error
 
 
@@ -250,8 +249,7 @@ def _take_folder(out: Path, config: dict[str, Any]) -> None:
         if different:
             raise DataError(
                 f"{out} was begun with other {', '.join(different)}; choose another --out, delete the "
-                f"folder, or repeat "
-                f"the command that began it"
+                f"folder, or repeat the command that began it"
             )
     else:
         strangers = [entry.name for entry in out.iterdir() if entry.name.endswith((".tar", INDEX_NAME))]
@@ -432,6 +430,6 @@ def _check_totals(manifests: list[Manifest], bad: dict[str, int], options: Prepr
         most = max(manifest.highest_hash for manifest in manifests)
         raise DataError(
             f"--valid-fraction {options.valid_fraction:g} holds out all {documents} documents and leaves "
-            f"none to train "
-            f"on; choose at most {max(most - 1e-6, 0):.6f} (and another --out, or delete this one)"
+            f"none to train on; choose at most {max(most - 1e-6, 0):.6f} (and another --out, or delete this "
+            f"one)"
         )

@@ -168,9 +168,9 @@ def load_tokenizer(folder: Path, index: CorpusIndex) -> Tokenizer:
     tokenizer = Tokenizer.load(folder / TOKENIZER_NAME)
     if tokenizer.sha256 != index.tokenizer_sha256:
         raise TokenizerError(
-            f"{folder / TOKENIZER_NAME} (sha256 {tokenizer.sha256[:12]}) is not the tokenizer that made "
-            f"this corpus "
-            f"({index.tokenizer_sha256[:12]}); put the right file back, or preprocess again with this one"
+            f"{folder / TOKENIZER_NAME} (sha256 {tokenizer.sha256[:12]}) is not the tokenizer that made this "
+            f"corpus ({index.tokenizer_sha256[:12]}); put the right file back, or preprocess again with this "
+            f"one"
         )
     return tokenizer
 

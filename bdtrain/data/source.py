@@ -90,9 +90,9 @@ class TokenSource:
         self.num_samples = int(sum(counts.sum() for counts in self._counts))
         if self.num_samples == 0:
             raise DataError(
-                f"split {split!r} of {folder} holds no sequence of {seq_len} tokens (it has "
-                f"{chosen.tokens} tokens in "
-                f"rows of {row_length}); choose a data.seq_len of at most {row_length}, or give more text"
+                f"split {split!r} of {folder} holds no sequence of {seq_len} tokens (it has {chosen.tokens} "
+                f"tokens in rows of {row_length}); choose a data.seq_len of at most {row_length}, or give "
+                f"more text"
             )
         self.seq_len = seq_len
         self.tokenizer_info = self.tokenizer.info

@@ -48,8 +48,7 @@ class SyntheticSource:
         if vocab_size < _FIRST_ORDINARY + len(SUCCESSOR_CHANCES):
             raise ConfigError(
                 f"data.synthetic_vocab_size={vocab_size}; at least "
-                f"{_FIRST_ORDINARY + len(SUCCESSOR_CHANCES)} are "
-                f"needed (6 special ids and 4 successors)"
+                f"{_FIRST_ORDINARY + len(SUCCESSOR_CHANCES)} are needed (6 special ids and 4 successors)"
             )
         if split not in _SPLITS:
             raise ConfigError(f"split {split!r} is unknown; allowed: {', '.join(_SPLITS)}")

@@ -82,9 +82,8 @@ def _hand_out(tasks: list[Task], pipes: list[Connection], show: ProgressLine) ->
                     open_pipes.remove(pipe)
             except (EOFError, BrokenPipeError, ConnectionResetError) as error:
                 raise DataError(
-                    "a preprocess worker was killed (out of memory?); what is finished is kept: run the "
-                    "same command "
-                    "again, perhaps with fewer --workers"
+                    "a preprocess worker was killed (out of memory?); what is finished is kept: run the same "
+                    "command again, perhaps with fewer --workers"
                 ) from error
         show.advance(0)
 

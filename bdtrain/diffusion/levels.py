@@ -162,8 +162,8 @@ def keyed_uniforms(
     A block's slot is its first position // block_size. In each row and copy the first block that starts in a
     slot owns the slot's stratum pi / N of N = global_batch * copies * slots, with pi from a keyed permutation
     (evaluation and re-fit: of the 64 * slots blocks of a group of sequences, each copy for itself, so that
-    replicates are independent). A second, ragged block of the same slot has a keyed draw of its own over [0,
-    1).
+    replicates are independent). A second, ragged block of the same slot has a keyed draw of its own over
+    [0, 1).
 
     Args:
         layout: blocks of the rows.

@@ -1,7 +1,7 @@
 """NoisePlan: which noise levels training (or an evaluation) draws and how it weighs them.
 
-A plan is plain data: it goes into the config, the checkpoint and the re-fit's history as a dictionary.
-``compile`` turns it into tables on the host, in float64; ``bdtrain/diffusion/corruption.py`` draws from them.
+A plan is plain data: it goes into the config and the checkpoint as a dictionary. ``compile`` turns it into
+tables on the host, in float64; ``bdtrain/diffusion/levels.py`` draws from them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class NoisePlan:
         kind: ``count`` draws how many tokens of a block are masked (t integrated out), ``bernoulli`` draws t
             and masks each token by itself.
         schedule: a name of ``SCHEDULES``.
-        clip_range: (beta, omega), the interval of move_chance that is drawn; ``None`` is the full range. (1,
-            1) is full masking, with weight 1. Under a ``reference_*`` schedule it is an interval of t, as in
-            the reference.
+        clip_range: (beta, omega), the interval of move_chance that is drawn; ``None`` is the full range.
+            (1, 1) is full masking, with weight 1. Under a ``reference_*`` schedule it is an interval of t, as
+            in the reference.
         weighting: ``elbo``: the (clipped) integral of the bound, (omega - beta) * loss_weight; ``reference``:
             loss_weight alone, and BOS stays in the training denominator; ``flat``: every masked token weighs
             1.

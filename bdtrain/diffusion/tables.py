@@ -3,12 +3,11 @@
 Everything is an integral over t of the binomial probability that k of n tokens are masked:
 
     P_n(k) = average over the drawn t of Binom(k; n, move_chance(t))
-    c_n(k) = the same with the weight of t inside: the coefficient of E[g_k] in the objective, sum_k c_n(k)
-    E[g_k],
-             where g_k is the summed negative log-likelihood of a uniformly chosen k-subset
+    c_n(k) = the same with the weight of t inside: the coefficient of E[g_k] in the objective,
+             sum_k c_n(k) E[g_k], where g_k is the summed negative log-likelihood of a uniform k-subset
 
-k >= 1 is drawn from q_n(k), by default P_n(k) / (1 - P_n(0)), and weighs c_n(k) / q_n(k): unbiased for any q
-> 0.
+k >= 1 is drawn from q_n(k), by default P_n(k) / (1 - P_n(0)), and weighs c_n(k) / q_n(k): unbiased for
+any q > 0.
 
 Both are computed once, for n = block_size, and passed down to smaller n by leaving one token out at random,
 

@@ -1,4 +1,4 @@
-"""From rows of text to the loss of each row that has one: common to training, evaluation and re-fit."""
+"""From rows of text to the loss of each row that has one: common to training and evaluation."""
 
 from __future__ import annotations
 

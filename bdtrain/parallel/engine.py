@@ -43,7 +43,7 @@ def deepspeed_settings(
     Args:
         micro_batch_size: sequences per micro-batch.
         data_parallel: data-parallel ranks.
-        zero_stage: 1, 2 or 3.
+        zero_stage: 1 or 2.
         grad_clip_norm: largest global gradient norm, 0 for none.
     """
     return {
@@ -130,12 +130,12 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         kept: list[tuple[nn.Parameter, Tensor]] = []
-        if self._has_average():
-            for parameter in self.module.parameters():
-                average = safe_get_full_optimizer_state(parameter, AVERAGE_KEY)
-                kept.append((parameter, parameter.data.clone()))
-                parameter.data.copy_(average.view_as(parameter))
         try:
+            if self._has_average():
+                for parameter in self.module.parameters():
+                    average = safe_get_full_optimizer_state(parameter, AVERAGE_KEY)
+                    kept.append((parameter, parameter.data.clone()))
+                    parameter.data.copy_(average.view_as(parameter))
             yield bool(kept)
         finally:
             for parameter, value in kept:

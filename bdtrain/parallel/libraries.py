@@ -8,11 +8,15 @@ import warnings
 
 
 def prepare_libraries() -> None:
-    """Silence what the user can do nothing about. Call once, before Megatron or DeepSpeed is imported.
+    """Settings that must be there before torch, Megatron or DeepSpeed is imported. Call once, before.
+
+    Waiting OpenMP threads sleep instead of spinning: on cores that are shared with anything else, spinning
+    makes a step several times slower. A setting of the user's stays.
 
     Megatron warns once for each module that could have used Transformer Engine or Apex, which bdtrain never
     needs; DeepSpeed warns of gathers that it uses itself and that torch means to rename.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     warnings.filterwarnings(
         "ignore", message=".*_all_gather_base.*|.*all_gather_into_tensor.*", category=FutureWarning

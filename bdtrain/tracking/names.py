@@ -20,12 +20,12 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "train/loss": Metric(
-        "nats/token", "weighted loss of the step over its counted tokens, the quantity minimised"
+        "nats/token", "weighted loss over counted tokens, the quantity minimised; mean since the last line"
     ),
     "train/masked_share": Metric("1", "rows that reached the head over copies x counted tokens"),
     "train/grad_norm": Metric("1", "global gradient norm before clipping"),
     "train/lr": Metric("1", "learning rate of the update"),
-    "train/applied": Metric("0 or 1", "0 for a step skipped because it was not finite"),
+    "train/skipped_steps": Metric("steps", "steps so far that were skipped because they were not finite"),
     "train/counted_tokens": Metric("tokens", "tokens of the global batch that count"),
     "train/samples": Metric("rows", "rows taken so far"),
     "train/tokens": Metric("tokens", "counted tokens trained on so far"),

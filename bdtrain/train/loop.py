@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -82,31 +83,36 @@ def run_training(config: RunConfig, launch: Launch, *, console: Console) -> RunS
         dp_size=1,
     )
     config = with_vocabulary(config, loader)
-    groups = init_groups(launch)
-    model = build_model(
-        config.model,
-        pg_collection=groups,
-        mask_id=loader.tokenizer_info.mask_id,
-        seed=config.run.seed,
-        device=device,
-    )
-    engine = build_engine(config, model)
-    # Last, so that a run that could not start leaves no folder behind.
-    folder = claim_run_folder(config)
-    trainer = _Trainer(config, engine, loader, groups.dp, device, console, folder)
     console.line(
-        f"{config.diffusion.algo}, block size {config.diffusion.block_size}: "
-        f"{format_count(sum(p.numel() for p in model.parameters()))} parameters, "
-        f"{config.train.steps} steps of {format_count(config.tokens_per_step)} tokens, "
+        f"{config.diffusion.algo}, block size {config.diffusion.block_size}, {config.train.steps} steps of "
+        f"{format_count(config.tokens_per_step)} tokens; "
         f"{format_count(loader.epoch_samples * config.data.seq_len)} tokens an epoch "
         f"from {source_name(config)}"
     )
-    try:
-        return trainer.run(started)
-    finally:
-        trainer.close()
-        loader.close()
-        engine.close()
+    with loader:
+        valid = build_source(config.data, split="valid", seed=config.run.seed)
+        evaluator = Evaluator(config, valid, device=device)
+        sampler = RunSampler(config, loader.tokenizer_info)
+        groups = init_groups(launch)
+        model = build_model(
+            config.model,
+            pg_collection=groups,
+            mask_id=loader.tokenizer_info.mask_id,
+            seed=config.run.seed,
+            device=device,
+        )
+        console.line(f"{format_count(sum(p.numel() for p in model.parameters()))} parameters")
+        engine = build_engine(config, model)
+        try:
+            # Last, so that a run that could not start leaves no folder behind.
+            folder = claim_run_folder(config)
+            with JsonlWriter(folder / "metrics.jsonl") as metrics:
+                trainer = _Trainer(
+                    config, engine, loader, evaluator, sampler, metrics, groups.dp, device, console, folder
+                )
+                return trainer.run(started)
+        finally:
+            engine.close()
 
 
 def prepare_machine(config: RunConfig, launch: Launch) -> torch.device:
@@ -116,11 +122,16 @@ def prepare_machine(config: RunConfig, launch: Launch) -> torch.device:
         The device of this process.
     """
     if torch.cuda.is_available():
+        if config.train.num_threads is not None:
+            raise ConfigError(
+                "train.num_threads is for CPUs, and this machine trains on a GPU; leave it out (null), or hide "
+                "the GPU with CUDA_VISIBLE_DEVICES="
+            )
         device = torch.device("cuda", launch.local_rank)
     else:
         device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.train.num_threads or max(1, cores // launch.world_size))
+        share = max(1, len(os.sched_getaffinity(0)) // launch.world_size)
+        torch.set_num_threads(config.train.num_threads or int(os.environ.get("OMP_NUM_THREADS", share)))
     prepare_deepspeed()
     return device
 
@@ -174,27 +185,23 @@ class _Trainer:
         config: RunConfig,
         engine: Engine,
         loader: Loader,
+        evaluator: Evaluator,
+        sampler: RunSampler,
+        metrics: JsonlWriter,
         data_parallel_group: Any,
         device: torch.device,
         console: Console,
         folder: Path,
     ) -> None:
         self.config, self.engine, self.loader, self.device = config, engine, loader, device
+        self.evaluator, self.sampler, self.metrics = evaluator, sampler, metrics
         self.data_parallel_group = data_parallel_group
         self.console, self.folder = console, folder
-        self.metrics = JsonlWriter(folder / "metrics.jsonl")
-        valid = build_source(config.data, split="valid", seed=config.run.seed)
-        self.evaluator = Evaluator(config, valid, device=device)
         self.plan = training_plan(config)
         self.objective = build_objective(config, loader.tokenizer_info, self.plan)
-        self.sampler = RunSampler(config, loader.tokenizer_info)
         # The cursor is one integer: rows taken. Steps and epochs follow from it.
-        self.samples = self.applied = self.skipped_in_a_row = self.tokens = 0
+        self.samples = self.applied = self.skipped = self.skipped_in_a_row = self.tokens = 0
         self.train_seconds = 0.0
-
-    def close(self) -> None:
-        """Close the metrics file."""
-        self.metrics.close()
 
     def run(self, started: float) -> RunSummary:
         """Every step of the run, with validation before, in between and after."""
@@ -204,16 +211,19 @@ class _Trainer:
         window = _Window()
         for step in range(steps):
             clock = time.monotonic()
-            result = self.one_step(step)
-            self.train_seconds += time.monotonic() - clock
-            window.add(result, time.monotonic() - clock)
+            lr = self.learning_rate()
+            result = self.one_step(step, lr)
+            seconds = time.monotonic() - clock
+            self.train_seconds += seconds
+            window.add(result, seconds)
             if (step + 1) % config.train.log_every_steps == 0 or step + 1 == steps:
-                self.report(step + 1, result, window)
+                self.report(step + 1, lr, window)
                 window = _Window()
             if every and (step + 1) % every == 0 and step + 1 < steps:
                 self.validate(step + 1)
-        after = self.validate(steps)
+        # Saved first: nothing that goes wrong afterwards may cost the weights.
         checkpoint = self.save() if config.checkpoint.save_final else None
+        after = self.validate(steps)
         return RunSummary(
             steps=steps,
             tokens=self.tokens,
@@ -225,7 +235,7 @@ class _Trainer:
             checkpoint=checkpoint,
         )
 
-    def one_step(self, step: int) -> StepResult:
+    def one_step(self, step: int, lr: float) -> StepResult:
         """Take the batch at the cursor, train on it, move the cursor."""
         config = self.config
         result = train_step(
@@ -234,7 +244,7 @@ class _Trainer:
             self.loader.batch(self.samples),
             seed=config.run.seed,
             step=step,
-            lr=self.learning_rate(),
+            lr=lr,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
             noise_copies=config.diffusion.noise_copies,
@@ -244,6 +254,7 @@ class _Trainer:
         self.samples += config.train.global_batch_size
         self.tokens += result.counted_tokens
         self.applied += result.applied
+        self.skipped += not result.applied
         self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
         if not result.applied:
             self.console.line(f"step {step + 1}: loss or gradient is not finite, the update was skipped")
@@ -269,7 +280,7 @@ class _Trainer:
             min_ratio=optim.min_lr_ratio,
         )
 
-    def report(self, step: int, result: StepResult, window: _Window) -> None:
+    def report(self, step: int, lr: float, window: _Window) -> None:
         """The progress line and the metrics of the steps since the last one."""
         steps = self.config.train.steps
         seconds_per_step = window.seconds / window.steps
@@ -278,7 +289,7 @@ class _Trainer:
             step=step,
             steps=steps,
             loss=window.loss,
-            lr=self.learning_rate(),
+            lr=lr,
             tokens_per_second=tokens_per_second,
             seconds_left=(steps - step) * seconds_per_step,
         )
@@ -286,14 +297,14 @@ class _Trainer:
             step,
             {
                 "train/loss": window.loss,
-                "train/masked_share": result.masked_share,
-                "train/grad_norm": result.grad_norm,
-                "train/lr": self.learning_rate(),
-                "train/applied": float(result.applied),
-                "train/counted_tokens": result.counted_tokens,
+                "train/masked_share": window.masked_share,
+                "train/grad_norm": window.grad_norm,
+                "train/lr": lr,
+                "train/skipped_steps": self.skipped,
+                "train/counted_tokens": window.tokens / window.steps,
                 "train/samples": self.samples,
                 "train/tokens": self.tokens,
-                "train/epoch": self.loader.epoch_of(self.samples),
+                "train/epoch": self.samples / self.loader.epoch_samples,
                 "train/tokens_per_second": tokens_per_second,
                 "train/step_seconds": seconds_per_step,
                 "train/cpu_seconds": time.process_time(),
@@ -350,17 +361,31 @@ class _Trainer:
 
 
 class _Window:
-    """Sums over the steps since the last progress line."""
+    """The steps since the last progress line. Means are over the applied ones: a skipped step has no loss."""
 
     def __init__(self) -> None:
-        self.steps, self.tokens, self.seconds, self._losses = 0, 0, 0.0, 0.0
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self._applied: list[StepResult] = []
 
     def add(self, result: StepResult, seconds: float) -> None:
         self.steps += 1
         self.tokens += result.counted_tokens
         self.seconds += seconds
-        self._losses += result.loss
+        if result.applied:
+            self._applied.append(result)
 
     @property
     def loss(self) -> float:
-        return self._losses / max(self.steps, 1)
+        return self._mean([result.loss for result in self._applied])
+
+    @property
+    def masked_share(self) -> float:
+        return self._mean([result.masked_share for result in self._applied])
+
+    @property
+    def grad_norm(self) -> float:
+        return self._mean([result.grad_norm for result in self._applied])
+
+    @staticmethod
+    def _mean(values: list[float]) -> float:
+        return sum(values) / len(values) if values else math.nan

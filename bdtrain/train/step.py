@@ -1,16 +1,13 @@
 """The training step: from a batch of rows to an updated model. Start reading here.
 
 1. Noise. The objective corrupts each micro-batch: which tokens are hidden, with which weight. The draw is a
-pure
-   function of (seed, step, position of the row in the data), so every rank of a tensor- or pipeline-parallel
-   group, and a resumed run, sees the same noise.
+   pure function of (seed, step, position of the row in the data), so every rank of a tensor- or
+   pipeline-parallel group, and a resumed run, sees the same noise.
 2. Count. All micro-batches of the step are taken first; the number of counted tokens is summed over the
-data-parallel
-   ranks. The loss is the weighted sum of negative log-likelihoods over (copies x that count): it depends
-   neither on the layout nor on the micro-batch, nor on which tokens happened to be masked.
+   data-parallel ranks. The loss is the weighted sum of negative log-likelihoods over (copies x that count):
+   it depends neither on the layout nor on the micro-batch, nor on which tokens happened to be masked.
 3. Forward and backward through Megatron's schedule: noisy and clean streams side by side, one pass; only
-masked rows
-   reach the head.
+   masked rows reach the head.
 4. Reduction, clipping and the update by DeepSpeed. A gradient that is not finite on one rank skips the step
 on all.
 """

@@ -221,6 +221,8 @@ def evaluate_saved(
             "tokenizer_sha256": source.tokenizer_info.sha256,
             "data_fingerprint": dict(source.fingerprint),
             "seed": config.run.seed,
+            "replicates": likelihood.replicates,
+            "averaged_weights": bool(saved.facts.get("averaged")),
             "eos_counted": True,
         },
     )
@@ -269,6 +271,6 @@ def compare_baselines(
 
 
 def _real(row: Row, tokenizer: Tokenizer) -> Row:
-    """A row without its padding."""
-    kept: Row = row[row != tokenizer.pad_id]
+    """A row without padding and BOS, which a model is not scored on either."""
+    kept: Row = row[(row != tokenizer.pad_id) & (row != tokenizer.bos_id)]
     return kept

@@ -1,10 +1,8 @@
 """NELBO, perplexity and bits per byte on held-out rows, each with the two parts of its standard error.
 
 The reported value is the sum over counted tokens divided by all counted tokens, masked or not. Two things
-make it
-uncertain: the masks that were drawn (noise) and the documents that happened to be in the text (text). Every
-    row is
-measured with at least two independent draws of the noise, so that both parts can be told apart.
+make it uncertain: the masks that were drawn (noise) and the documents that happened to be in the text (text).
+Every row is measured with at least two independent draws of the noise, so that both parts can be told apart.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class Likelihood:
     Attributes:
         nelbo: nats per counted token; a bound, or exact where ``exact``.
         nelbo_noise_error: standard error of ``nelbo`` from the draw of the masks, nats per token.
-        nelbo_text_error: standard error from the choice of the text's parts, nats per token.
+        nelbo_text_error: standard error from the choice of the text's parts, nats per token; None for one.
         ppl: exp of ``nelbo``.
         ppl_error: both parts together, by the delta method.
         bpb: bits per UTF-8 byte of the text; None without a tokenizer.
@@ -53,9 +51,9 @@ class Likelihood:
 
     nelbo: float
     nelbo_noise_error: float
-    nelbo_text_error: float
+    nelbo_text_error: float | None
     ppl: float
-    ppl_error: float
+    ppl_error: float | None
     bpb: float | None
     bpb_error: float | None
     tokens: int
@@ -74,11 +72,17 @@ class Likelihood:
     def describe(self) -> str:
         """One line for the console."""
         sign = "=" if self.exact else "<="
-        bytes_part = "" if self.bpb is None else f"  bits/byte {sign} {self.bpb:.4f} +- {self.bpb_error:.4f}"
+
+        def error(value: float | None, digits: int) -> str:
+            return "unknown" if value is None else f"{value:.{digits}f}"
+
+        bytes_part = (
+            "" if self.bpb is None else f"  bits/byte {sign} {self.bpb:.4f} +- {error(self.bpb_error, 4)}"
+        )
         return (
             f"{'NLL' if self.exact else 'NELBO'} {self.nelbo:.4f} nats/token "
-            f"(+- {self.nelbo_noise_error:.4f} noise, +- {self.nelbo_text_error:.4f} text)  "
-            f"PPL {sign} {self.ppl:.2f} +- {self.ppl_error:.2f}{bytes_part}  "
+            f"(+- {self.nelbo_noise_error:.4f} noise, +- {error(self.nelbo_text_error, 4)} text)  "
+            f"PPL {sign} {self.ppl:.2f} +- {error(self.ppl_error, 2)}{bytes_part}  "
             f"[{self.tokens} tokens, {self.text_units} {self.text_unit}s]"
         )
 
@@ -159,7 +163,8 @@ def _token_losses(model: nn.Module, objective: Objective, micro_batch: MicroBatc
     rows = micro_batch.corrupted.rows
     full = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
     full[rows] = losses.double()
-    return full
+    # AR's output at a position predicts the next token: its loss belongs there.
+    return full if objective.noisy else torch.nn.functional.pad(full[..., :-1], (1, 0))
 
 
 class _Sums:
@@ -179,7 +184,7 @@ class _Sums:
         Args:
             batch: the rows, in the order of the text.
             counted: tokens in the denominator, bool [batch, seq].
-            losses: at the rows that the objective scored, [batch, draws, seq].
+            losses: of each token, [batch, draws, seq].
             token_bytes: UTF-8 bytes of each token id, int64 [vocab].
         """
         self._row_losses.append(losses.sum(dim=2).t())
@@ -231,9 +236,11 @@ class _Sums:
             sums, sizes = torch.tensor(list(self._documents.values()), dtype=torch.float64).unbind(dim=1)
         else:
             unit, sums, sizes = "row", rows.mean(dim=0), row_tokens
-        text_variance = _ratio_variance(sums, sizes, nelbo) - noise_variance
-        noise_error, text_error = math.sqrt(noise_variance), math.sqrt(max(text_variance, 0.0))
-        error = math.hypot(noise_error, text_error)
+        noise_error = math.sqrt(noise_variance)
+        text_error = None
+        if len(sizes) > 1:
+            text_error = math.sqrt(max(_ratio_variance(sums, sizes, nelbo) - noise_variance, 0.0))
+        error = None if text_error is None else math.hypot(noise_error, text_error)
         per_byte = float(tokens) / self._bytes / math.log(2) if has_bytes and self._bytes else None
         ppl = math.exp(min(nelbo, 700.0))
         return Likelihood(
@@ -241,9 +248,9 @@ class _Sums:
             nelbo_noise_error=noise_error,
             nelbo_text_error=text_error,
             ppl=ppl,
-            ppl_error=ppl * error,
+            ppl_error=None if error is None else ppl * error,
             bpb=None if per_byte is None else nelbo * per_byte,
-            bpb_error=None if per_byte is None else error * per_byte,
+            bpb_error=None if per_byte is None or error is None else error * per_byte,
             tokens=int(tokens),
             text_bytes=self._bytes if has_bytes else None,
             sequences=rows.shape[1],
@@ -258,7 +265,5 @@ class _Sums:
 def _ratio_variance(sums: Tensor, sizes: Tensor, ratio: float) -> float:
     """Variance of sum(sums) / sum(sizes) over independent units, by linearisation."""
     units = len(sizes)
-    if units < 2:
-        return 0.0
     residual = sums - ratio * sizes
     return float((residual**2).sum() * units / (units - 1) / sizes.sum() ** 2)

@@ -23,7 +23,6 @@ SMALL = [
     "optim.warmup_steps=1",
     "optim.decay_steps=2",
     "validation.every_steps=3",
-    "validation.sequences=8",
     "validation.sample_tokens=16",
 ]
 
@@ -96,10 +95,11 @@ def test_summary_holds_every_number(quickstart):
 
 def test_saved_weights_evaluate_to_what_training_reported(quickstart):
     folder, _ = quickstart
-    run("launchers/evaluate_checkpoint.py", "--checkpoint", folder / "run" / "checkpoint", "--data", folder / "corpus",
-        "--sequences", 8, "--json", folder / "again.json")  # fmt: skip
+    checkpoint, again = folder / "run" / "checkpoint", folder / "again.json"
+    corpus = folder / "corpus"
+    run("launchers/evaluate_checkpoint.py", "--checkpoint", checkpoint, "--data", corpus, "--json", again)
     reported = json.loads((folder / "run" / "summary.json").read_text())["after"]
-    found = json.loads((folder / "again.json").read_text())
+    found = json.loads(again.read_text())
     assert found["nelbo"] == pytest.approx(reported["nelbo"], rel=1e-6)
     assert found["bpb"] == pytest.approx(reported["bpb"], rel=1e-6)
 
@@ -113,21 +113,32 @@ def test_text_file_can_be_evaluated_and_its_bytes_are_counted(quickstart):
     assert json.loads((folder / "text.json").read_text())["text_bytes"] == text.stat().st_size
 
 
-def test_sample_continues_a_prompt_by_every_method(quickstart):
+def test_sample_continues_a_prompt(quickstart):
     folder, _ = quickstart
+    command = [
+        "launchers/sample_text.py",
+        "--checkpoint",
+        folder / "run" / "checkpoint",
+        "--tokens",
+        12,
+        "--json",
+    ]
     for method in ("first_hitting", "confidence"):
-        done = run("launchers/sample_text.py", "--checkpoint", folder / "run" / "checkpoint", "--prompt", "def main(",
-                   "--tokens", 12, "--method", method, "--json")  # fmt: skip
+        done = run(*command, "--prompt", "def main(", "--method", method)
         (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
         sample = json.loads(line)
         assert sample["prompt"] == "def main("
         assert 0 < len(sample["tokens"]) <= 12
 
 
-def damage_shard(corpus):
-    shard = sorted(corpus.glob("train-*.tar"))[0]
+def damage_shard(corpus, split="train"):
+    shard = sorted(corpus.glob(f"{split}-*.tar"))[0]
     os.truncate(shard, shard.stat().st_size // 2)
     return shard.name
+
+
+def damage_held_out_shard(corpus):
+    return damage_shard(corpus, "valid")
 
 
 def change_tokenizer(corpus):
@@ -143,7 +154,7 @@ def remove_index(corpus):
     return "index.json"
 
 
-@pytest.mark.parametrize("damage", [damage_shard, change_tokenizer, remove_index])
+@pytest.mark.parametrize("damage", [damage_shard, damage_held_out_shard, change_tokenizer, remove_index])
 def test_damaged_corpus_ends_the_run_before_it_starts(quickstart, tmp_path, damage):
     folder, _ = quickstart
     corpus = tmp_path / "corpus"

@@ -1,10 +1,10 @@
 """CPU seconds of one training step beside the published code's computation, in one process, in turns.
 
 Shape: batch 4, 256 tokens, hidden 256, 6 layers, 8 heads, vocabulary 8192, block size 16, fp32, forward +
-    backward of the
-loss, no optimizer. The twin (``reference_twin.py``) is held against golden vectors of the published code by a
-test. Ours is the same network with its constant noise conditioning folded into the weights, as a loaded
-checkpoint has it. Noise drawing is inside the time on our side; the twin gets its noise for nothing.
+backward of the loss, no optimizer. The twin (``reference_twin.py``) is held against golden vectors of the
+published code by a test. Ours is the same network with its constant noise conditioning folded into the
+weights, as a loaded checkpoint has it. Noise drawing is inside the time on our side; the twin gets its noise
+for nothing.
 """
 
 from __future__ import annotations

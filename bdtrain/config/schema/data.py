@@ -49,9 +49,6 @@ class DataConfig(Section):
     prefetch_batches: Int = setting(
         2, unit="batches", description="Batches prepared ahead by the loader's thread; 0 reads in line.", ge=0
     )
-    on_corrupt: Literal["fail"] = setting(
-        "fail", unit=NO_UNIT, description="What a damaged shard does: fail stops with its name and offset."
-    )
     synthetic_vocab_size: Int = setting(
         256, unit="tokens", description="Vocabulary of the synthetic rows.", ge=16
     )

@@ -72,9 +72,6 @@ class TrainConfig(Section):
         validate_default=True,
         ge=1,
     )
-    precision: Literal["fp32"] = setting(
-        "fp32", unit=NO_UNIT, description="Number format of weights and activations."
-    )
     num_threads: Int | None = setting(
         None,
         unit="threads",

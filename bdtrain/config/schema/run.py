@@ -34,5 +34,5 @@ class RunSection(Section):
         unit=NO_UNIT,
         description="Seed of every random draw: initialisation, data order, noise and samples.",
         ge=0,
-        lt=2**63,
+        lt=2**32,
     )

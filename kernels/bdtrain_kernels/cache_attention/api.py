@@ -33,9 +33,8 @@ def cache_attention(
     """
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise KernelShapeError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they must be "
-            "[batch, heads, rows, head_dim] and "
-            "[batch, kv_heads, keys, head_dim] with kv_heads dividing heads"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they must be [batch, heads, rows, "
+            f"head_dim] and [batch, kv_heads, keys, head_dim] with kv_heads dividing heads"
         )
     mask = None
     if key_mask is not None:

@@ -63,6 +63,9 @@ def test_an_unknown_key_without_neighbour_lists_what_there_is() -> None:
         ("run.name=no", "run.name=false; it must be text (YAML read it as another type: put it in quotes)"),
         ("run.name=../x", "run.name='../x'; it must match"),
         ("run.seed=-1", "run.seed=-1; it must be at least 0"),
+        ("run.seed=4294967296", "run.seed=4294967296; it must be less than 4294967296"),
+        ("data.on_corrupt=fail", "data.on_corrupt is not a setting"),
+        ("train.precision=fp32", "train.precision is not a setting"),
     ],
 )
 def test_a_value_of_the_wrong_kind_says_what_is_allowed(override: str, expected: str) -> None:
@@ -140,13 +143,45 @@ def test_a_rule_is_not_applied_to_a_value_that_was_refused() -> None:
         ),
         (["optim.schedule=wsd"], "optim.decay_steps is missing"),
         (["data.kind=corpus"], "data.path is missing"),
-        (["model.vocab_size=100"], "smaller than data.synthetic_vocab_size=256"),
+        (["model.vocab_size=100"], "model.vocab_size=100 is not data.synthetic_vocab_size=256; leave"),
+        (["model.vocab_size=300"], "model.vocab_size=300 is not data.synthetic_vocab_size=256; leave"),
+        (["validation.sample_prompt=once"], "data.kind=synthetic, which has no tokenizer"),
+        (["diffusion.algo=mdlm", "validation.sample_tokens=1025"], "choose at most 1024"),
         (["data.synthetic_tokens=1000"], "less than one row of data.seq_len=1024"),
         (["data.epoch_tokens=1000"], "less than one row of data.seq_len=1024"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_a_remedy(overrides: list[str], expected: str) -> None:
     assert expected in only_problem(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.vocab_size=256"],
+        ["validation.sample_prompt="],
+        ["diffusion.algo=mdlm", "validation.sample_tokens=1024"],
+        ["diffusion.algo=block_diffusion", "validation.sample_tokens=1025"],
+        ["data.kind=corpus", "data.path=x", "model.vocab_size=300", "validation.sample_prompt=once"],
+        ["run.seed=4294967295"],
+    ],
+)
+def test_settings_at_the_edge_of_a_rule_are_let_through(overrides: list[str]) -> None:
+    load(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "block_size"),
+    [
+        (["diffusion.algo=mdlm", "diffusion.block_size=null"], 256),
+        (["diffusion.algo=ar", "diffusion.block_size=null", "diffusion.plan=null"], 1),
+    ],
+)
+def test_the_quickstart_run_takes_the_other_algorithms(
+    repository: Path, overrides: list[str], block_size: int
+) -> None:
+    loaded = load_config([repository / "configs" / "run" / "quickstart.yaml"], overrides)
+    assert loaded.config.diffusion.block_size == block_size
 
 
 @pytest.mark.parametrize(

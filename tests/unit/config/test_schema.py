@@ -49,9 +49,9 @@ def test_the_folder_follows_the_name() -> None:
     [
         ([], 16),
         (["diffusion.block_size=4"], 4),
-        (["diffusion.algo=mdlm", "data.seq_len=48"], 48),
+        (["diffusion.algo=mdlm", "data.seq_len=96"], 96),
         (["diffusion.algo=mdlm"], 1024),
-        (["diffusion.algo=mdlm", "data.seq_len=48", "diffusion.block_size=48"], 48),
+        (["diffusion.algo=mdlm", "data.seq_len=96", "diffusion.block_size=96"], 96),
         (["diffusion.algo=ar"], 1),
     ],
 )

@@ -74,18 +74,24 @@ def test_the_reference_was_conditioned_on_the_constant_that_is_folded(name):
     assert (golden(name)["sigma_in"] == 0).all()
 
 
-def assert_within_golden_accuracy(ours, wanted):
-    """Within 5e-4, where one value in a thousand may be off by up to twice that.
+# The stated tolerance is 5e-4. At three positions of `mdlm` the random network amplifies float32 rounding:
+# weights moved by 2^-24 of themselves move a log-probability there by 3.2e-4, 1.6e-4 and 1.2e-4 (root mean
+# square), where the median position has 1.7e-5. Distances of log-probabilities from the recorded ones:
+# (1, 58): the same network in float64 1.3e-3; ours 3.4e-4;
+# (1, 43): in float64 1.2e-3; ours 6.4e-4 with generic CPU kernels, 3.6e-4 with AVX ones;
+# (1, 27): in float64 2.0e-4; ours 5.2e-4 with generic kernels, 5.5e-4 with AVX ones.
+# Elsewhere ours was at most 4.9e-4, in `bd3lm_b4` 3.7e-4, logits included.
+ILL_CONDITIONED = {"bd3lm_b4": {}, "mdlm": {(1, 58): 2e-3, (1, 43): 1e-3, (1, 27): 1e-3}}
 
-    The golden vectors are float32 and the random network amplifies rounding: the same network in float64
-    (angles as stored, nothing folded) is up to 3.9e-4 from the logits and 5.9e-4 from the log-probabilities
-    of ``mdlm``, and a plain float32 twin up to 7.2e-4, in single values; the root mean square is 2e-5 to
-    6e-5.
-    """
-    error = (ours - wanted).abs()
-    assert error.max() < 1e-3
-    assert (error > 5e-4).float().mean() < 1e-3
-    assert error.square().mean().sqrt() < 1e-4
+
+def assert_within_golden_accuracy(ours, wanted, name):
+    """Within 5e-4 everywhere but at the exempt positions, [batch, seq, vocabulary]."""
+    error = (ours - wanted).abs().amax(-1)
+    bound = torch.full_like(error, 5e-4)
+    for (row, position), exempt in ILL_CONDITIONED[name].items():
+        bound[row, position] = exempt
+    late = (error > bound).nonzero().tolist()
+    assert not late, [(row, position, error[row, position].item()) for row, position in late]
 
 
 @pytest.mark.parametrize("name", ["bd3lm_b4", "mdlm"])
@@ -96,10 +102,11 @@ def test_logits_and_log_probabilities_equal_the_reference(model, name):
         logits = run(model, case, every).logits()
     assert (logits[:, [MASK, *range(VOCAB, PADDED)]] == -torch.inf).all()
     logits = logits[:, :MASK].unflatten(0, (2, SEQ))
-    assert_within_golden_accuracy(logits, case["raw_logits"][..., :MASK])
-    masked = case["masked"]
-    log_probs = logits.log_softmax(-1)
-    assert_within_golden_accuracy(log_probs[masked], case["log_probs"][..., :MASK][masked])
+    assert_within_golden_accuracy(logits, case["raw_logits"][..., :MASK], name)
+    # At visible tokens the published code writes a one-hot; only the masked ones carry probabilities.
+    masked = case["masked"][..., None]
+    log_probs = logits.log_softmax(-1) * masked
+    assert_within_golden_accuracy(log_probs, case["log_probs"][..., :MASK] * masked, name)
 
 
 @pytest.mark.parametrize("name", ["bd3lm_b4", "mdlm"])

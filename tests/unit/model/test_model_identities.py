@@ -87,26 +87,33 @@ def test_one_pass_equals_two_passes(build, make_case, ragged, monkeypatch, shape
         torch.testing.assert_close(grad, second[name], rtol=1e-9, atol=1e-10, msg=name)
 
 
-def test_each_noisy_block_behind_its_clean_prefix_gives_the_same_loss(build, make_case, oracle):
-    """The equation itself, block by block, in the serial transformer."""
+@pytest.mark.parametrize("shape", ["qwen3", "bd3lm"])
+def test_each_noisy_block_behind_its_clean_prefix_gives_the_same_loss_and_gradients(
+    build, make_case, ragged, oracle, shape
+):
+    """The equation itself: the loop over blocks, each a pass of its own of the serial transformer."""
     from bdtrain.model.weights import full_state
     from bdtrain.testing import tiny_model_config
 
-    case = make_case()
-    model = build()
-    state = full_state(model)
-    losses = []
-    for start in range(0, case.seq, case.block_size):
-        tokens = torch.cat((case.x0[:, :start], case.xt[:, 0, start : start + case.block_size]), 1)
-        length = tokens.shape[1]
-        block = torch.arange(length) // case.block_size
-        mask = (block[:, None] >= block[None]).expand(case.batch, -1, -1)
-        logits = oracle.logits(
-            state, tiny_model_config(), tokens, torch.arange(length, dtype=torch.float64), mask
-        )
-        losses.append(oracle.nll(logits[:, start:], case.x0[:, start : start + case.block_size]))
-    wanted = torch.cat(losses, 1) * case.masked[:, 0]
-    torch.testing.assert_close(nll(model, case)[:, 0], wanted, rtol=1e-10, atol=1e-10)
+    case = make_case(documents=ragged)
+    model = build(shape)
+    state = {name: value.requires_grad_() for name, value in full_state(model).items()}
+    loop = []
+    for b in range(case.batch):
+        for start in sorted(set(case.layout.block_start[b].tolist())):
+            end, doc = int(case.layout.block_end[b, start]), int(case.layout.doc_start[b, start])
+            tokens = torch.cat((case.x0[b, doc:start], case.xt[b, 0, start:end]))[None]
+            position = torch.arange(doc, end, dtype=torch.float64)
+            block = (torch.arange(doc, end) - doc) // case.block_size
+            mask = (block[:, None] >= block[None])[None]
+            logits = oracle.logits(state, tiny_model_config(shape), tokens, position, mask)
+            loop.append(oracle.nll(logits[0, start - doc :], case.x0[b, start:end]))
+    wanted = torch.cat(loop).view(case.batch, 1, case.seq) * case.masked
+    one = nll(model, case)
+    torch.testing.assert_close(one, wanted, rtol=1e-10, atol=1e-10)
+    wanted.sum().backward()
+    for name, grad in gradients(model, one.sum()).items():
+        torch.testing.assert_close(grad, state[name].grad, rtol=1e-8, atol=1e-9, msg=name)
 
 
 def test_three_copies_in_one_pass_equal_three_passes(build, make_case, ragged):
