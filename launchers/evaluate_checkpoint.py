@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--replicates", type=int, default=2, help="draws of the noise per row (default: 2)")
     parser.add_argument("--seed", type=int, help="seed of the noise; the run's if left out")
     parser.add_argument(
-        "--batch-size", type=positive, help="rows per forward pass; the run's micro-batch if left out"
+        "--batch-size", type=positive, help="rows per forward pass; four micro-batches if left out"
     )
     parser.add_argument(
         "--baselines", action="store_true", help="also unigram, bigram and gzip on the same text"

@@ -124,8 +124,8 @@ def prepare_machine(config: RunConfig, launch: Launch) -> torch.device:
     if torch.cuda.is_available():
         if config.train.num_threads is not None:
             raise ConfigError(
-                "train.num_threads is for CPUs, and this machine trains on a GPU; leave it out (null), or hide "
-                "the GPU with CUDA_VISIBLE_DEVICES="
+                "train.num_threads is for CPUs, and this machine trains on a GPU; leave it out (null), or "
+                "hide the GPU with CUDA_VISIBLE_DEVICES="
             )
         device = torch.device("cuda", launch.local_rank)
     else:

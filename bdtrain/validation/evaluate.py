@@ -28,6 +28,9 @@ from bdtrain.parallel.groups import Launch, init_groups, prepare_deepspeed
 from bdtrain.validation.baselines import Baselines, measure_baselines
 from bdtrain.validation.likelihood import Likelihood, evaluate_likelihood
 
+MICRO_BATCHES = 4
+"""Micro-batches of training that an evaluation takes at a time."""
+
 BASELINE_TOKENS = 50_000_000
 """Training tokens that the unigram and bigram models are fitted on at most."""
 
@@ -72,10 +75,15 @@ class Evaluator:
         config: the run; ``model.vocab_size`` is set.
         source: the held-out rows.
         device: where the model is.
+        batch_size: rows per forward pass; four micro-batches of training if None.
     """
 
-    def __init__(self, config: RunConfig, source: Source, *, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, source: Source, *, device: torch.device, batch_size: int | None = None
+    ) -> None:
         self._config, self._device = config, device
+        # Without a backward pass there is room for more rows.
+        self._batch_size = batch_size or MICRO_BATCHES * config.train.micro_batch_size
         self._rows = ValidationSet(source, max_sequences=config.validation.sequences)
         self._token_bytes = torch.from_numpy(source.byte_lengths) if config.data.kind == "corpus" else None
         self._objective = build_objective(config, source.tokenizer_info, reported_plan(config))
@@ -86,7 +94,7 @@ class Evaluator:
         return evaluate_likelihood(
             model,
             self._objective,
-            self._rows.batches(config.train.micro_batch_size),
+            self._rows.batches(self._batch_size),
             seed=config.run.seed,
             replicates=config.validation.replicates,
             device=self._device,
@@ -178,7 +186,7 @@ def evaluate_saved(
         sequences: rows to use, all if None.
         replicates: draws of the noise per row.
         seed: of the noise; the run's if None.
-        batch_size: rows per forward pass; the run's micro-batch if None.
+        batch_size: rows per forward pass; four micro-batches of the run if None.
         baselines: also unigram, bigram and gzip.
 
     Raises:
@@ -197,10 +205,10 @@ def evaluate_saved(
         raise DataError("--baselines are in bits per byte, and synthetic data have no bytes; leave it out")
     source = _evaluation_source(saved, section, text=text, split=split)
     settings = config.validation.model_copy(update={"sequences": sequences, "replicates": replicates})
-    train = config.train.model_copy(update={"micro_batch_size": batch_size or config.train.micro_batch_size})
     run = config.run.model_copy(update={"seed": config.run.seed if seed is None else seed})
-    config = config.model_copy(update={"validation": settings, "train": train, "run": run})
-    likelihood = Evaluator(config, source, device=next(model.parameters()).device).likelihood(model)
+    config = config.model_copy(update={"validation": settings, "run": run})
+    evaluator = Evaluator(config, source, device=next(model.parameters()).device, batch_size=batch_size)
+    likelihood = evaluator.likelihood(model)
     compared = None
     if baselines:
         train_source = build_source(section, split="train", seed=config.run.seed)

@@ -15,6 +15,7 @@ SMALL = [
     "data.seq_len=64",
     "diffusion.block_size=8",
     "model.num_layers=1",
+    "model.init_std=0.02",
     "model.hidden_size=32",
     "model.num_heads=2",
     "model.num_kv_heads=1",
