@@ -60,8 +60,10 @@ def main() -> int:
     make_way(folder)
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
-    text = shlex.quote(str(source or options.input or collect_standard_library(folder / "text")))
-    place = shlex.quote(str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder))
+    text = shlex.quote(
+        shown(source) if source else options.input or shown(collect_standard_library(folder / "text"))
+    )
+    place = shlex.quote(shown(folder))
     settings = shlex.join([f"run.folder={place}/run", f"data.path={place}/corpus", *options.overrides])
     try:
         run_step(
@@ -175,7 +177,6 @@ def write_summary(folder: Path, wall_seconds: float) -> dict[str, Any]:
 
 def show(folder: Path, summary: dict[str, Any]) -> None:
     """The result and what to do next."""
-    checkpoint = summary["checkpoint"]
     rows = [
         ("this model, before training", summary["bpb_before"]),
         ("unigram over the same tokens", summary["unigram_bpb"]),
@@ -191,14 +192,19 @@ def show(folder: Path, summary: dict[str, Any]) -> None:
         f"PPL <= {summary['ppl_before']:.0f} -> {summary['ppl_after']:.1f}, "
         f"{summary['tokens_per_second']:.0f} tokens/s"
     )
+    place = shown(folder)
     print(
-        f"\nDone in {summary['wall_seconds'] / 60:.1f} minutes. {folder / 'summary.json'} holds the numbers, "
-        f"{folder / 'run' / 'metrics.jsonl'} the curve,\n{folder / 'run' / 'samples.jsonl'} the samples.\n"
-        "\nNext:\n"
-        f"  python launchers/evaluate_checkpoint.py --checkpoint {checkpoint} --data {folder / 'corpus'}\n"
-        f"  python launchers/sample_text.py --checkpoint {checkpoint} --prompt 'def main('\n"
+        f"\nDone in {summary['wall_seconds'] / 60:.1f} minutes. {place}/summary.json holds the numbers, "
+        f"{place}/run/metrics.jsonl the curve,\n{place}/run/samples.jsonl the samples.\n\nNext:\n"
+        f"  .venv/bin/python launchers/sample_text.py --checkpoint {place}/run/checkpoint --prompt 'def main('\n"
+        f"  .venv/bin/python launchers/evaluate_checkpoint.py --checkpoint {place}/run/checkpoint --text FILE\n"
         "  make quickstart INPUT=path/to/your/texts"
     )
+
+
+def shown(path: Path) -> str:
+    """A path as a user would write it in the repository's root."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,15 @@ def test_a_run_never_writes_over_another(trained):
     assert losses(folder) == before
 
 
+def test_run_that_is_never_finite_ends_with_advice(tmp_path):
+    folder = tmp_path / "run"
+    done = run("launchers/pretrain.py", "--config", TINY, f"run.folder={folder}", "optim.lr=1e38",
+               "optim.warmup_steps=0", "train.max_nonfinite_steps=2", expect=4)  # fmt: skip
+    assert "2 steps in a row were not finite" in done.stderr
+    assert "optim.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_missing_corpus_is_named_with_the_command_that_makes_one(tmp_path):
     config = ROOT / "configs" / "run" / "quickstart.yaml"
     done = run(
@@ -151,6 +160,7 @@ def test_missing_corpus_is_named_with_the_command_that_makes_one(tmp_path):
         (["diffusion.block_size=7"], 3, "seq_len"),
         (["diffusion.plan.clip_range=[0.9,0.3]"], 3, "clip_range"),
         (["diffusion.plan.clip_range=[0.3,0.8]", "diffusion.schedule=cosine"], 3, "linear"),
+        (["diffusion.plan.clip_range=[0.3,0.4]", "diffusion.plan.resample=true"], 3, "resample"),
     ],
 )
 def test_mistakes_end_before_anything_starts(tmp_path, overrides, code, message):

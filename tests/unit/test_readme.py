@@ -15,6 +15,7 @@ def test_every_link_into_the_repository_leads_to_a_file(repository, name):
     inside = [link for link in links if not link.startswith(("http://", "https://", "#"))]
     missing = [link for link in inside if not (repository / link.split("#")[0]).exists()]
     assert not missing
+    assert "@@" not in (repository / name).read_text(encoding="utf-8")
 
 
 def test_files_named_in_the_documents_exist(repository):
