@@ -193,11 +193,12 @@ def show(folder: Path, summary: dict[str, Any]) -> None:
         f"{summary['tokens_per_second']:.0f} tokens/s"
     )
     place = shown(folder)
+    weights = f"{place}/run/checkpoint"
     print(
         f"\nDone in {summary['wall_seconds'] / 60:.1f} minutes. {place}/summary.json holds the numbers, "
         f"{place}/run/metrics.jsonl the curve,\n{place}/run/samples.jsonl the samples.\n\nNext:\n"
-        f"  .venv/bin/python launchers/sample_text.py --checkpoint {place}/run/checkpoint --prompt 'def main('\n"
-        f"  .venv/bin/python launchers/evaluate_checkpoint.py --checkpoint {place}/run/checkpoint --text FILE\n"
+        f"  .venv/bin/python launchers/sample_text.py --checkpoint {weights} --prompt 'def main('\n"
+        f"  .venv/bin/python launchers/evaluate_checkpoint.py --checkpoint {weights} --text FILE\n"
         "  make quickstart INPUT=path/to/your/texts"
     )
 
