@@ -64,7 +64,8 @@ def main() -> int:
         shown(source) if source else options.input or shown(collect_standard_library(folder / "text"))
     )
     place = shlex.quote(shown(folder))
-    settings = shlex.join([f"run.folder={place}/run", f"data.path={place}/corpus", *options.overrides])
+    name = shown(folder)
+    settings = shlex.join([f"run.folder={name}/run", f"data.path={name}/corpus", *options.overrides])
     try:
         run_step(
             "1/4 tokenizer",
@@ -192,6 +193,10 @@ def show(folder: Path, summary: dict[str, Any]) -> None:
         f"PPL <= {summary['ppl_before']:.0f} -> {summary['ppl_after']:.1f}, "
         f"{summary['tokens_per_second']:.0f} tokens/s"
     )
+    samples = folder / "run" / "samples.jsonl"
+    if samples.exists():  # there is none with validation.sample_tokens=0
+        last = samples.read_text(encoding="utf-8").splitlines()[-1]
+        print(f"\na sample after training:\n{json.loads(last)['text']}")
     place = shown(folder)
     weights = f"{place}/run/checkpoint"
     print(
