@@ -130,7 +130,7 @@ def test_a_run_never_writes_over_another(trained):
 
 def test_run_that_is_never_finite_ends_with_advice(tmp_path):
     folder = tmp_path / "run"
-    done = run("launchers/pretrain.py", "--config", TINY, f"run.folder={folder}", "optim.lr=1e38",
+    done = run("launchers/pretrain.py", "--config", TINY, f"run.folder={folder}", "optim.lr=1e36",
                "optim.warmup_steps=0", "train.max_nonfinite_steps=2", expect=4)  # fmt: skip
     assert "2 steps in a row were not finite" in done.stderr
     assert "optim.lr" in done.stderr
