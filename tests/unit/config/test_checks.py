@@ -173,15 +173,16 @@ def test_settings_at_the_edge_of_a_rule_are_let_through(overrides: list[str]) ->
 @pytest.mark.parametrize(
     ("overrides", "block_size"),
     [
-        (["diffusion.algo=mdlm", "diffusion.block_size=null"], 256),
+        (["diffusion.algo=mdlm", "diffusion.block_size=null"], "row"),
         (["diffusion.algo=ar", "diffusion.block_size=null", "diffusion.plan=null"], 1),
     ],
 )
 def test_the_quickstart_run_takes_the_other_algorithms(
-    repository: Path, overrides: list[str], block_size: int
+    repository: Path, overrides: list[str], block_size: int | str
 ) -> None:
     loaded = load_config([repository / "configs" / "run" / "quickstart.yaml"], overrides)
-    assert loaded.config.diffusion.block_size == block_size
+    expected = loaded.config.data.seq_len if block_size == "row" else block_size
+    assert loaded.config.diffusion.block_size == expected
 
 
 @pytest.mark.parametrize(

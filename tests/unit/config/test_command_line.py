@@ -214,7 +214,7 @@ def test_every_yaml_file_names_the_schema(repository: Path) -> None:
     ("name", "low", "high"),
     # Parameters without embedding, in millions; small is the paper's, the last two carry their size in their
     # name.
-    [("quickstart", 2, 4), ("small", 84, 111), ("1b", 900, 1300), ("7b", 6500, 7500)],
+    [("quickstart", 0.7, 1), ("small", 84, 111), ("1b", 900, 1300), ("7b", 6500, 7500)],
 )
 def test_model_presets_have_the_size_of_their_name(
     repository: Path, name: str, low: float, high: float
