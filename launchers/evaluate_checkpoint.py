@@ -7,13 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+from bdtrain.config import positive_int
 
 
 def main(arguments: list[str]) -> int:
@@ -27,11 +21,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data", type=Path, help="corpus folder; the one it was trained on if left out")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file instead of a corpus; one document")
     parser.add_argument("--split", default="valid", choices=["valid", "train"], help="part of the corpus")
-    parser.add_argument("--sequences", type=positive, help="rows to use; all if left out")
+    parser.add_argument("--sequences", type=positive_int, help="rows to use; all if left out")
     parser.add_argument("--replicates", type=int, default=2, help="draws of the noise per row (default: 2)")
     parser.add_argument("--seed", type=int, help="seed of the noise; the run's if left out")
     parser.add_argument(
-        "--batch-size", type=positive, help="rows per forward pass; four micro-batches if left out"
+        "--batch-size", type=positive_int, help="rows per forward pass; four micro-batches if left out"
     )
     parser.add_argument(
         "--baselines", action="store_true", help="also unigram, bigram and gzip on the same text"

@@ -7,13 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+from bdtrain.config import positive_int
 
 
 def main(arguments: list[str]) -> int:
@@ -28,15 +22,17 @@ def main(arguments: list[str]) -> int:
         "--prompt", action="append", help="text to continue; repeat for a batch (default: none)"
     )
     parser.add_argument(
-        "--tokens", type=positive, default=128, help="tokens to generate at most (default: 128)"
+        "--tokens", type=positive_int, default=128, help="tokens to generate at most (default: 128)"
     )
     parser.add_argument(
-        "--samples", type=positive, default=1, help="continuations of each prompt (default: 1)"
+        "--samples", type=positive_int, default=1, help="continuations of each prompt (default: 1)"
     )
     parser.add_argument(
         "--method", default="ancestral", choices=["ancestral", "first_hitting", "confidence", "static"]
     )
-    parser.add_argument("--steps", type=positive, help="denoising steps per block; one per token if left out")
+    parser.add_argument(
+        "--steps", type=positive_int, help="denoising steps per block; one per token if left out"
+    )
     parser.add_argument(
         "--threshold", type=float, default=0.9, help="of the method confidence (default: 0.9)"
     )

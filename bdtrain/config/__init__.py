@@ -6,7 +6,7 @@ Needs neither torch nor any other heavy package, so that a mistake is found in a
 from __future__ import annotations
 
 from bdtrain.config.checks import check_paths, validate_layout
-from bdtrain.config.command_line import CommandLine, parse_command_line, summarise
+from bdtrain.config.command_line import CommandLine, parse_command_line, positive_int, summarise
 from bdtrain.config.estimate import ParameterCount, count_parameters
 from bdtrain.config.explain import explain
 from bdtrain.config.loader import LoadedConfig, config_sha256, dump_resolved, load_config
@@ -46,6 +46,7 @@ __all__ = [
     "explain",
     "load_config",
     "parse_command_line",
+    "positive_int",
     "summarise",
     "validate_layout",
 ]

@@ -63,6 +63,18 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
+def positive_int(text: str) -> int:
+    """An option's value as a whole number of at least 1, for ``type=`` of argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is less; argparse names the option.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1; choose 1 or more")
+    return number
+
+
 def parse_command_line(arguments: Sequence[str], description: str) -> CommandLine:
     """Read a launcher's arguments; answer ``--help``, ``--check`` and ``--explain`` on the first rank.
 

@@ -92,7 +92,7 @@ def train_step(
         counts[0] += micro_batch.corrupted.counted.sum()
         counts[1] += micro_batch.corrupted.rows.sum()
     dist.all_reduce(counts, group=data_parallel_group)
-    counted, masked = int(counts[0]), int(counts[1])
+    counted, masked = counts.tolist()  # one wait for the device
     denominator = max(counted * noise_copies, 1)
     # DeepSpeed takes the mean over data-parallel ranks; the factor undoes it.
     scale = dist.get_world_size(data_parallel_group) / denominator

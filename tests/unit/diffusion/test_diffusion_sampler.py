@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bdtrain.diffusion.keyed import NoiseKey, Purpose, uniforms
-from bdtrain.diffusion.sampler import draw_tokens, generate, keep_top_p, unigram_entropy
+from bdtrain.diffusion.sampler import generate
+from bdtrain.diffusion.token_draws import draw_tokens, keep_top_p, unigram_entropy
 from bdtrain.errors import ConfigError
 
 KEY = NoiseKey(3, Purpose.SAMPLE, 11)
