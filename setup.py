@@ -42,6 +42,10 @@ REQUIRES = [
     "PyYAML>=6",
     "safetensors>=0.5",
     "mlflow-skinny>=3.1,<4",
+    # What its sqlite store needs and it does not bring.
+    "sqlalchemy>=2,<3",
+    "alembic>=1.13,<2",
+    "sqlparse>=0.5,<1",
 ]
 """What ``import bdtrain`` and a training run need. Exact versions that were tested: constraints.txt."""
 

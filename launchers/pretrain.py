@@ -10,26 +10,36 @@ def main(arguments: list[str]) -> int:
     """Read the configuration, train, report.
 
     Returns:
-        The exit code: 0 done, 3 wrong configuration, 4 not finite, 6 data, 7 checkpoint, 130 interrupted.
+        The exit code: 0 done, or stopped on request and resumable (EXIT.json says which); 3 wrong
+        configuration, 4 not finite, 6 data, 7 checkpoint, 130 interrupted.
     """
     from bdtrain.config import parse_command_line
-    from bdtrain.errors import BdtrainError, report_failure
+    from bdtrain.errors import BdtrainError, DataError, report_failure
+    from bdtrain.parallel.launch_environment import read_launch
+    from bdtrain.train.signals import StopRequest
 
-    first = os.environ.get("RANK", "0") == "0"
+    first = True
     try:
-        command = parse_command_line(arguments, description=__doc__ or "")
+        launch = read_launch(os.environ)
+        first = launch.rank == 0
+        command = parse_command_line(
+            arguments, description=__doc__ or "", rank=launch.rank, world_size=launch.world_size
+        )
         if command.finished:
             return 0
-        # torch, DeepSpeed and Megatron are imported only for a configuration that is right.
-        from bdtrain.parallel.libraries import prepare_libraries
+        # Listens before the long imports: a launcher that dies meanwhile must be noticed.
+        with StopRequest() as stop:
+            # torch, DeepSpeed and Megatron are imported only for a configuration that is right.
+            from bdtrain.parallel.libraries import prepare_libraries
 
-        prepare_libraries()
-        from bdtrain.tracking.console import Console
-        from bdtrain.train.launch import train_from_config
+            prepare_libraries()
+            from bdtrain.tracking.console import Console
+            from bdtrain.train.launch import train_from_config
 
-        train_from_config(command.config, os.environ, console=Console(enabled=first))
+            train_from_config(command.config, os.environ, console=Console(enabled=first), stop=stop)
     except (BdtrainError, OSError, KeyboardInterrupt) as error:
-        return report_failure(error, enabled=first)
+        # What only one rank can know is told by that rank.
+        return report_failure(error, enabled=first or isinstance(error, (DataError, OSError)))
     return 0
 
 

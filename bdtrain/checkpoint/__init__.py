@@ -1,1 +1,1 @@
-"""Folders on disk that are either complete and verified or not there."""
+"""Folders on disk that are either complete and verified or not there: weights and training checkpoints."""

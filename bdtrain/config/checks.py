@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdtrain.config.problems import Problem, section_type
+from bdtrain.config.problems import Problem, divisors_text, section_type
 from bdtrain.config.schema import DiffusionConfig, RunConfig, Section
 from bdtrain.errors import ConfigError
 
@@ -57,6 +57,7 @@ def without_effect(config: RunConfig) -> dict[str, Reason]:
     ``dump_resolved`` leaves them out, so that a dumped configuration loads again.
     """
     data, diffusion, optim, validation = config.data, config.diffusion, config.optim, config.validation
+    parallel, checkpoint, tracking = config.parallel, config.checkpoint, config.tracking
     table: dict[str, Reason] = {}
 
     def ignore(switch: str, text: str, *keys: str) -> None:
@@ -82,26 +83,15 @@ def without_effect(config: RunConfig) -> dict[str, Reason]:
         ignore("optim.schedule", "cosine, which decays over all steps after the warm-up", "optim.decay_steps")
     if validation.sample_method in ("first_hitting", "confidence"):
         ignore("validation.sample_method", validation.sample_method, "validation.sample_steps")
+    if parallel.tp == 1 and parallel.sequence_parallel:
+        ignore("parallel.tp", "1, which leaves nothing to split", "parallel.sequence_parallel")
+    if checkpoint.every_steps == 0:
+        retention = ["checkpoint.keep_last", "checkpoint.keep_every_tokens"]
+        ignore("checkpoint.every_steps", "0, which makes no series of checkpoints to thin out", *retention)
+    if not tracking.mlflow:
+        shipping = ["tracking.mlflow_uri", "tracking.experiment", "tracking.drain_timeout_s"]
+        ignore("tracking.mlflow", "false", *shipping)
     return table
-
-
-def validate_layout(config: RunConfig, world_size: int) -> None:
-    """Check that the run can be cut over the processes.
-
-    Args:
-        config: the run.
-        world_size: processes of the job.
-
-    Raises:
-        ConfigError: if this version cannot lay the run out so.
-    """
-    if world_size < 1:
-        raise ConfigError(f"world_size={world_size}; it must be at least 1")
-    if world_size != 1:
-        raise ConfigError(
-            f"world_size={world_size}; this version trains in one process: start it with one rank "
-            f"(deepspeed --num_gpus 1 launchers/pretrain.py ...). Run {config.run.name!r} is otherwise valid."
-        )
 
 
 def check_paths(config: RunConfig) -> None:
@@ -136,20 +126,13 @@ def _owner(config: RunConfig, key: str) -> tuple[Section, str]:
     return owner, name
 
 
-def _divisors(number: int, limit: int = 8) -> str:
-    """Divisors of a number as text, the largest ``limit`` of them."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = sorted({*small, *(number // d for d in small)})
-    return ("..., " if len(divisors) > limit else "") + ", ".join(map(str, divisors[-limit:]))
-
-
 def _model(config: RunConfig) -> Iterator[Problem]:
     model = config.model
     if "head_dim" not in model.model_fields_set and model.hidden_size % model.num_heads:
         yield Problem(
             ("model.num_heads", "model.hidden_size"),
             f"model.num_heads={model.num_heads} does not divide model.hidden_size={model.hidden_size}; "
-            f"choose num_heads from {_divisors(model.hidden_size)} or give model.head_dim",
+            f"choose num_heads from {divisors_text(model.hidden_size)} or give model.head_dim",
         )
     elif model.head_dim % 2:
         yield Problem(
@@ -161,7 +144,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("model.num_kv_heads", "model.num_heads"),
             f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
-            f"choose it from {_divisors(model.num_heads)}",
+            f"choose it from {divisors_text(model.num_heads)}",
         )
     if model.shape == "bd3lm" and model.num_kv_heads != model.num_heads:
         yield Problem(
@@ -211,7 +194,7 @@ def _blocks(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             keys,
             f"diffusion.block_size={block_size} does not divide data.seq_len={seq_len}; choose it from "
-            f"{_divisors(seq_len)}",
+            f"{divisors_text(seq_len)}",
         )
     if algo == "mdlm" and block_size != seq_len:
         yield Problem(
@@ -320,11 +303,12 @@ def _optim(config: RunConfig) -> Iterator[Problem]:
 
 def _batches(config: RunConfig) -> Iterator[Problem]:
     train = config.train
-    if train.global_batch_size % train.micro_batch_size:
+    # Against the rows of one rank the layout checks it, when the number of ranks is known.
+    if train.micro_batch_size is not None and train.global_batch_size % train.micro_batch_size:
         yield Problem(
             ("train.micro_batch_size", "train.global_batch_size"),
             f"train.micro_batch_size={train.micro_batch_size} does not divide train.global_batch_size="
-            f"{train.global_batch_size}; choose it from {_divisors(train.global_batch_size)}",
+            f"{train.global_batch_size}; choose it from {divisors_text(train.global_batch_size)}",
         )
 
 

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from bdtrain.config.checks import check_paths, validate_layout
-from bdtrain.config.estimate import count_parameters
+from bdtrain.config.checks import check_paths
 from bdtrain.config.explain import explain
-from bdtrain.config.loader import LoadedConfig, config_sha256, load_config
+from bdtrain.config.layout import resolve_layout
+from bdtrain.config.loader import LoadedConfig, load_config
 from bdtrain.config.problems import config_error
 from bdtrain.config.schema import RunConfig
+from bdtrain.config.summary import summarise, summarise_layout
 from bdtrain.errors import ConfigError
 
 EXAMPLES = """\
@@ -22,6 +23,7 @@ examples:
   %(prog)s --config configs/run/quickstart.yaml
   %(prog)s --config configs/run/quickstart.yaml optim.lr=1e-3 train.steps=500 "optim.betas=[0.9,0.95]"
   %(prog)s --config configs/run/quickstart.yaml --check              validate and show sizes, start nothing
+  %(prog)s --config configs/run/quickstart.yaml --check --nodes 2 --gpus 8      the same for 16 ranks
   %(prog)s --config configs/run/quickstart.yaml --explain optim.lr   what it is, its value, where that came
   from %(prog)s --explain diffusion                                       the settings of a section
 
@@ -75,7 +77,9 @@ def positive_int(text: str) -> int:
     return number
 
 
-def parse_command_line(arguments: Sequence[str], description: str) -> CommandLine:
+def parse_command_line(
+    arguments: Sequence[str], description: str, *, rank: int | None = None, world_size: int | None = None
+) -> CommandLine:
     """Read a launcher's arguments; answer ``--help``, ``--check`` and ``--explain`` on the first rank.
 
     Nothing but the configuration is touched: no torch, no process group, no device.
@@ -83,6 +87,8 @@ def parse_command_line(arguments: Sequence[str], description: str) -> CommandLin
     Args:
         arguments: without the program's name.
         description: what the launcher does, for ``--help``.
+        rank: of this process; RANK in the environment, or 0, if None.
+        world_size: processes that were started; WORLD_SIZE in the environment, or 1, if None.
 
     Returns:
         The request; look at ``finished`` first.
@@ -90,16 +96,19 @@ def parse_command_line(arguments: Sequence[str], description: str) -> CommandLin
     Raises:
         ConfigError: listing everything that is wrong. Print it on the first rank only.
     """
+    rank = _environment_int("RANK", 0) if rank is None else rank
+    started = _environment_int("WORLD_SIZE", 1) if world_size is None else world_size
     parser = _parser(description)
     options, rest = parser.parse_known_args(list(arguments))
     if options.help:
-        _print(parser.format_help())
+        _print(parser.format_help(), rank)
         return CommandLine(None, finished=True)
     _refuse_options(parser, rest)
+    _refuse_size_without_check(options)
     # argparse leaves overrides that stand between options to "rest".
     overrides = [*options.overrides, *rest]
     if options.explain is not None and not options.config and not overrides:
-        _print(explain(options.explain, None))
+        _print(explain(options.explain, None), rank)
         return CommandLine(None, finished=True, local_rank=options.local_rank)
     if not options.config:
         raise ConfigError(
@@ -107,38 +116,13 @@ def parse_command_line(arguments: Sequence[str], description: str) -> CommandLin
         )
     loaded = load_config(options.config, overrides)
     if options.explain is not None:
-        _print(explain(options.explain, loaded))
+        _print(explain(options.explain, loaded), rank)
     if options.check:
-        validate_layout(loaded.config, _environment_int("WORLD_SIZE", 1))
+        layout = resolve_layout(loaded.config, _checked_world_size(options, started))
         check_paths(loaded.config)
-        _print(summarise(loaded.config))
+        _print(f"{summarise(loaded.config)}\n{summarise_layout(loaded.config, layout)}", rank)
     finished = bool(options.check or options.explain is not None)
     return CommandLine(loaded, finished=finished, local_rank=options.local_rank)
-
-
-def summarise(config: RunConfig) -> str:
-    """A few lines on the size of a run, by arithmetic."""
-    model, data, train, diffusion = config.model, config.data, config.train, config.diffusion
-    vocab = model.vocab_size or (data.synthetic_vocab_size if data.kind == "synthetic" else None)
-    layers = count_parameters(model, vocab or 1).layers
-    if vocab:
-        size = (
-            f"{count_parameters(model, vocab).total:,} parameters, {layers:,} of them not embedding or head"
-        )
-    else:
-        size = f"{layers:,} parameters, plus embedding and head of the corpus' vocabulary"
-    blocks = f", blocks of {diffusion.block_size} tokens" if diffusion.algo == "block_diffusion" else ""
-    rows = f"{train.global_batch_size} rows x {data.seq_len} tokens"
-    return "\n".join(
-        [
-            f"configuration is valid: {config.run.name}  (sha256 {config_sha256(config)[:12]})",
-            f"  objective  {diffusion.algo}{blocks}",
-            f"  model      {model.shape}, {model.num_layers} layers x {model.hidden_size} channels: {size}",
-            f"  step       {rows} = {config.tokens_per_step:,} tokens",
-            f"  run        {train.steps:,} steps = {config.tokens_per_step * train.steps:,} tokens, into "
-            f"{config.run.folder}",
-        ]
-    )
 
 
 def _parser(description: str) -> _Parser:
@@ -154,6 +138,12 @@ def _parser(description: str) -> _Parser:
         "--config", action="append", metavar="FILE", help="YAML file of the run; repeat it, later files win"
     )
     parser.add_argument("--check", action="store_true", help="validate and print the sizes; start nothing")
+    parser.add_argument(
+        "--nodes", type=positive_int, metavar="N", help="with --check: machines to lay the run out on"
+    )
+    parser.add_argument(
+        "--gpus", type=positive_int, metavar="M", help="with --check: ranks per machine (GPUs, or processes)"
+    )
     parser.add_argument(
         "--explain", metavar="KEY", help="what a setting is, its value and where that came from"
     )
@@ -184,9 +174,24 @@ def _refuse_options(parser: _Parser, rest: Sequence[str]) -> None:
         raise config_error(problems)
 
 
-def _print(text: str) -> None:
+def _refuse_size_without_check(options: argparse.Namespace) -> None:
+    """Here a size is for looking at a configuration; how many ranks start is the launcher's."""
+    given = [f"--{name}" for name in ("nodes", "gpus") if getattr(options, name) is not None]
+    if given and not options.check:
+        hint = "the launcher says how many ranks a run has (deepspeed --num_gpus 2, srun --ntasks 2)"
+        raise config_error([f"{name} is for --check only; {hint}" for name in given])
+
+
+def _checked_world_size(options: argparse.Namespace, started: int) -> int:
+    """Ranks that ``--check`` looks at: what was asked for, else those that were started."""
+    if options.nodes is None and options.gpus is None:
+        return started
+    return int((options.nodes or 1) * (options.gpus or 1))
+
+
+def _print(text: str, rank: int) -> None:
     """Print on the first rank only: the others have nothing new to say."""
-    if _environment_int("RANK", 0) == 0:
+    if rank == 0:
         print(text.rstrip("\n"), flush=True)
 
 

@@ -13,6 +13,7 @@ from bdtrain.config.checks import without_effect
 from bdtrain.config.loader import LoadedConfig, value_of
 from bdtrain.config.problems import (
     config_error,
+    item_section,
     known_keys,
     known_sections,
     literal_choices,
@@ -30,7 +31,7 @@ class Setting:
 
     Attributes:
         key: dotted key.
-        kind: ``integer``, ``number``, ``text``, ``true or false``, ``two numbers``.
+        kind: ``integer``, ``number``, ``text``, ``true or false``, ``two numbers``, ``list``.
         unit: what it counts, ``-`` for none.
         default: as YAML, or ``required``.
         allowed: choices or bounds; ``any`` when the type says all.
@@ -103,6 +104,10 @@ def show_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(show_value, value)) + "]"
+    if isinstance(value, Section):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {show_value(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, str):
         return value or '""'
     return str(value)
@@ -138,6 +143,8 @@ def _kind(annotation: Any) -> str:
             kinds.append("null")
         elif literal_choices(branch):
             kinds.append("choice")
+        elif item_section(branch):
+            kinds.append("list")
         elif get_origin(branch) is tuple:
             kinds.append("two numbers")
         else:

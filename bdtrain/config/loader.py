@@ -26,7 +26,7 @@ from bdtrain.config.problems import (
     section_type,
     type_problem,
 )
-from bdtrain.config.schema import RunConfig
+from bdtrain.config.schema import RunConfig, Section
 from bdtrain.config.sources import Origin, read_files, read_overrides
 
 _STAND_INS: Mapping[str, int] = MappingProxyType(
@@ -121,14 +121,24 @@ def value_of(config: RunConfig, key: str) -> Any:
     return value
 
 
+def plain_value(config: RunConfig, key: str) -> Any:
+    """Value of a dotted key as YAML and JSON have it: lists for tuples, mappings for sections."""
+    return _plain(value_of(config, key))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.model_dump() if isinstance(value, Section) else value
+
+
 def _resolved(config: RunConfig) -> dict[str, Any]:
     """Nested plain values of the settings that have an effect."""
     skipped = without_effect(config)
     content: dict[str, Any] = {}
     for key in known_keys():
         if key not in skipped:
-            value = value_of(config, key)
-            _place(content, key, list(value) if isinstance(value, tuple) else value)
+            _place(content, key, plain_value(config, key))
     return content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -38,11 +39,41 @@ def config_error(lines: Iterable[str]) -> ConfigError:
     return ConfigError("\n".join([head, *(f"  {line}" for line in unique)]))
 
 
+def divisors_text(number: int, limit: int = 8, *, smallest: bool = False) -> str:
+    """Divisors of a number as text, the largest ``limit`` of them, or the smallest."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = sorted({*low, *(number // d for d in low)})
+    shown = divisors[:limit] if smallest else divisors[-limit:]
+    text = ", ".join(map(str, shown))
+    if len(shown) == len(divisors):
+        return text
+    return f"{text}, ..." if smallest else f"..., {text}"
+
+
 def section_type(annotation: object) -> type[Section] | None:
     """The section model of a field's annotation, or None for a plain setting."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return None
+
+
+def item_section(annotation: object) -> type[Section] | None:
+    """The section model of the items of a list setting, or None for any other setting."""
+    arguments = get_args(annotation)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return section_type(arguments[0])
+    return None
+
+
+def annotation_of(key: str) -> object:
+    """The type of a setting or section, None for a key that does not exist."""
+    annotation: object = RunConfig
+    for part in key.split("."):
+        section = section_type(annotation)
+        if section is None or part not in section.model_fields:
+            return None
+        annotation = section.model_fields[part].annotation
+    return annotation
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
@@ -100,23 +131,39 @@ def unknown_key(key: str) -> Problem:
 
 def type_problem(error: ErrorDetails) -> Problem:
     """The problem behind one error of pydantic."""
-    # Tuples report the index of the element; the setting is the whole list.
-    path = [str(part) for part in error["loc"] if not isinstance(part, int)]
-    key = ".".join(part for part in path if not part.startswith("function-"))
-    index = "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
+    key, place = _place(error["loc"])
     value = error["input"]
     kind = error["type"]
     context = error.get("ctx", {})
+    item = item_section(annotation_of(key))
     if kind == "missing":
-        if index or isinstance(value, (tuple, list)):
+        if item is None and (place != key or isinstance(value, (tuple, list))):
             return Problem((key,), f"{key}={_show(value)}; it must be a list of two numbers")
-        return Problem((key,), f"{key} is required and has no default; set it in the file or add {key}=VALUE")
+        hint = "give it" if item else f"set it in the file or add {key}=VALUE"
+        return Problem((key,), f"{place} is required and has no default; {hint}")
     if kind == "literal_error":
-        return Problem((key,), f"{key}={_show(value)}; {_choices(value, context)}")
+        return Problem((key,), f"{place}={_show(value)}; {_choices(value, context)}")
+    if kind == "extra_forbidden" and item is not None:
+        *_, word = place.split(".")
+        near = difflib.get_close_matches(word, item.model_fields, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(item.model_fields)}"
+        return Problem((key,), f"{place} is not a setting; {hint}")
+    if kind in ("tuple_type", "model_type") and item is not None:
+        fields = ", ".join(f"{name}: ..." for name in item.model_fields)
+        form = f"{{{fields}}}" if kind == "model_type" else f"a list of {{{fields}}}"
+        return Problem((key,), f"{place}={_show(value)}; it must be {form}")
     return Problem(
         (key,),
-        f"{key}{index}={_show(value)}; {_wanted(kind, context, error['msg'])}{_yaml_hint(kind, value)}",
+        f"{place}={_show(value)}; {_wanted(kind, context, error['msg'])}{_yaml_hint(kind, value)}",
     )
+
+
+def _place(location: tuple[int | str, ...]) -> tuple[str, str]:
+    """The key of the setting an error is about, and the place inside its value: ``optim.groups[0].match``."""
+    parts = [part for part in location if not str(part).startswith("function-")]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+    # A list reports the index of the element; the setting is the whole list.
+    return place.partition("[")[0], place
 
 
 def _choices(value: object, context: dict[str, Any]) -> str:

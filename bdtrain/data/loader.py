@@ -77,6 +77,13 @@ def make_batch(
     )
 
 
+def split_rows(batch: Batch, micro_batch_size: int) -> list[Batch]:
+    """Cut a batch into micro-batches of ``micro_batch_size`` rows; the last one may be smaller."""
+    fields = ("tokens", "documents", "counted", "sample_index", "batch_index")
+    starts = range(0, batch.tokens.shape[0], micro_batch_size)
+    return [Batch(**{f: getattr(batch, f)[s : s + micro_batch_size] for f in fields}) for s in starts]
+
+
 class Loader:
     """Training batches of one data-parallel rank. Close it, or use it as a context manager.
 

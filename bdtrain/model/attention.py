@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bdtrain.model.config import BDTransformerConfig
 from bdtrain.model.rope import RopeTable, rotate
+from bdtrain.model.streams import to_chunks, to_streams
 from bdtrain_kernels import block_attention
 
 
@@ -31,7 +32,13 @@ class AttentionContext(Protocol):
         """Angles of every row of the sequence axis."""
 
     def output_rows(self, total: int) -> int:
-        """How many rows of the sequence axis, counted from its start, anyone reads after the last layer."""
+        """How many of a rank's rows, counted from their start, anyone reads after the last layer."""
+
+    def to_streams(self, x: Tensor) -> Tensor:
+        """Rows as the ranks' parts lie end to end, put into the order of ``attend``: [rows, ...]."""
+
+    def to_chunks(self, x: Tensor) -> Tensor:
+        """The inverse of ``to_streams``."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float) -> Tensor:
         """Attention of [batch, heads, rows, head_dim]; with fewer q than k rows the first rows ask."""
@@ -48,6 +55,7 @@ class StreamContext:
         noisy_copies: noisy streams.
         clean: whether the clean stream follows them.
         backend: attention backend.
+        chunks: ranks that split the sequence axis; their rows lie chunk by chunk (``bdtrain.model.streams``).
     """
 
     layout: Any
@@ -56,10 +64,21 @@ class StreamContext:
     noisy_copies: int
     clean: bool
     backend: str
+    chunks: int = 1
 
     def output_rows(self, total: int) -> int:
         """The noisy streams', or all when there is only a clean one."""
-        return self.noisy_copies * self.seq if self.noisy_copies and self.clean else total
+        if not (self.noisy_copies and self.clean):
+            return total
+        return self.noisy_copies * (self.seq // self.chunks)
+
+    def to_streams(self, x: Tensor) -> Tensor:
+        """Stream after stream."""
+        return to_streams(x, chunks=self.chunks, seq=self.seq)
+
+    def to_chunks(self, x: Tensor) -> Tensor:
+        """Chunk after chunk."""
+        return to_chunks(x, chunks=self.chunks, seq=self.seq)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float) -> Tensor:
         """Block attention."""
@@ -142,7 +161,8 @@ class QueryKeyValueLinear(ColumnParallelLinear):  # type: ignore[misc]
         Returns:
             Fused queries, keys and values of the first ``query_rows`` rows, and fused keys and values of the
             others: [seq, batch, local groups * (heads per group + 2) * head_dim] and [seq, batch, local
-            groups * 2 * head_dim].
+            groups * 2 * head_dim]. Under sequence parallelism ``query_rows`` counts this rank's rows and the
+            results hold those of all ranks, rank after rank.
         """
         if query_rows is None:
             fused, _ = super().forward(input_, weight, runtime_gather_output)
@@ -194,7 +214,8 @@ class TwoStreamSelfAttention(SelfAttention):  # type: ignore[misc]
         """Attend.
 
         Args:
-            hidden_states: normed input of all streams, [seq, batch, hidden].
+            hidden_states: normed input of all streams, [seq, batch, hidden]; this rank's rows of them under
+                sequence parallelism.
             attention_mask: not used; the context knows who sees whom.
             *unused_args: Megatron's other arguments.
             attention_bias: the context of the forward pass.
@@ -207,21 +228,28 @@ class TwoStreamSelfAttention(SelfAttention):  # type: ignore[misc]
         total = hidden_states.shape[0]
         last = self.layer_number == self.config.num_layers
         rows = context.output_rows(total) if last else total
-        query, key, value = self._project(hidden_states, rows)
-        query, key = rotate(query, context.rope.rows(rows)), rotate(key, context.rope)
+        query, key, value = self._project(hidden_states, rows, context)
+        query, key = rotate(query, context.rope.rows(query.shape[0])), rotate(key, context.rope)
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
             attend = self._checkpointed_attention_forward
         mixed = attend(query, key, value, None, attn_mask_type=self.attn_mask_type, attention_bias=context)
-        out, bias = self.linear_proj(mixed)
+        out, bias = self.linear_proj(context.to_chunks(mixed))
         return out, bias
 
-    def _project(self, hidden: Tensor, query_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the first rows, keys and values of all, unrotated: [seq, batch, heads, head_dim]."""
+    def _project(
+        self, hidden: Tensor, query_rows: int, context: AttentionContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first rows, keys and values of all, unrotated: [seq, batch, heads, head_dim].
+
+        Under sequence parallelism the rows of all ranks come back, stream after stream.
+        """
         if query_rows == hidden.shape[0]:
             fused, rest = self.linear_qkv(hidden)[0], None
         else:
             fused, rest = self.linear_qkv(hidden, query_rows=query_rows)
+        # The rest is one stream: its chunks follow each other already.
+        fused = context.to_streams(fused)
         groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads = self.num_attention_heads_per_partition // groups
         query, key, value = fused.unflatten(-1, (groups, -1)).split((heads * dim, dim, dim), dim=-1)

@@ -8,6 +8,7 @@ import torch
 
 from bdtrain.errors import ConfigError
 from bdtrain.model.config import build_transformer_config
+from bdtrain.model.gradients import accumulate_in_float32, check_marks, mark_partial_gradients
 from bdtrain.model.init import initialise_parameters
 from bdtrain.model.transformer import TwoStreamTransformer
 
@@ -25,6 +26,8 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     attention_backend: str | None = None,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
     **overrides: Any,
 ) -> TwoStreamTransformer:
     """Build this rank's part of the model, with its initial weights.
@@ -38,6 +41,9 @@ def build_model(
         dtype: type of the parameters.
         device: where they live.
         attention_backend: in place of ``model.attention_backend``.
+        sequence_parallel: the ranks of ``tp`` split the rows between the layers' projections, too.
+        recompute: activations made again in backward: "none", "core_attn" (of attention itself) or "full"
+            (each layer from its input).
         **overrides: further fields of Megatron's TransformerConfig.
 
     Raises:
@@ -57,6 +63,8 @@ def build_model(
         tensor_parallel=tp.size(),
         pipeline_parallel=pp.size(),
         attention_backend=attention_backend,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
         **overrides,
     )
     built = TwoStreamTransformer(
@@ -65,13 +73,9 @@ def build_model(
         pre_process=pp.rank() == 0,
         post_process=pp.rank() == pp.size() - 1,
     )
-    _check_marks(built)
+    mark_partial_gradients(built)
+    check_marks(built)
     initialise_parameters(built, seed=seed)
-    return built.to(device)
-
-
-def _check_marks(model: TwoStreamTransformer) -> None:
-    """Assert that each split parameter says so: gradient norms and shards depend on the attribute."""
-    for name, parameter in model.named_parameters():
-        if getattr(parameter, "partition_dim", -1) >= 0:
-            assert getattr(parameter, "tensor_model_parallel", False), f"{name} is split but not marked"
+    built.to(device)
+    accumulate_in_float32(built)
+    return built

@@ -60,6 +60,14 @@ class CacheContext:
         """All of them."""
         return total
 
+    def to_streams(self, x: Tensor) -> Tensor:
+        """As they are: nobody splits the new tokens."""
+        return x
+
+    def to_chunks(self, x: Tensor) -> Tensor:
+        """As they are."""
+        return x
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float) -> Tensor:
         """Store the new keys and values, then attend to all."""
         stored_k, stored_v = self.cache.keys[layer - 1], self.cache.values[layer - 1]
@@ -78,13 +86,21 @@ class Denoiser:
     stored for MDLM, one token at a time for autoregression.
 
     Args:
-        model: the model; one pipeline stage.
+        model: the model; one pipeline stage, no sequence parallelism.
+
+    Raises:
+        ShapeError: for a model of another layout.
     """
 
     def __init__(self, model: TwoStreamTransformer) -> None:
         """See the class."""
         if not (model.pre_process and model.post_process):
             raise ShapeError("the model is split over pipeline stages; generation needs it whole (pp=1)")
+        if model.chunks > 1:
+            raise ShapeError(
+                "the model splits sequences over ranks, and a block of new tokens is too short for that; "
+                "build it with sequence_parallel=False to generate"
+            )
         self._model = model
 
     def start(self, rows: int, max_len: int) -> KeyValueCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,8 @@ def build_transformer_config(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     attention_backend: str | None = None,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
     **overrides: Any,
 ) -> BDTransformerConfig:
     """Make Megatron's configuration.
@@ -79,13 +82,22 @@ def build_transformer_config(
         tensor_parallel: ranks that share each layer.
         pipeline_parallel: stages that share the layers.
         attention_backend: in place of ``model.attention_backend``.
-        **overrides: further fields of TransformerConfig (recomputation, fusions on GPU).
+        sequence_parallel: the ranks that share a layer split its rows, too, where each row is by itself.
+        recompute: activations made again in backward: "none", "core_attn" or "full".
+        **overrides: further fields of TransformerConfig (fusions on GPU).
 
     Raises:
         ConfigError: if the sizes do not fit each other.
     """
     padded = padded_vocab_size(vocab_size, model.vocab_multiple)
     problems = _find_problems(model, vocab_size, mask_id, padded, tensor_parallel)
+    if recompute not in _RECOMPUTATION:
+        problems.append(f"recompute={recompute!r} does not exist; choose {' or '.join(_RECOMPUTATION)}")
+    if sequence_parallel and tensor_parallel == 1:
+        problems.append(
+            "sequence_parallel=true splits rows between the ranks of tp, and tp=1 would ignore it; set it to "
+            "false or tp to 2 or more"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     biased = model.shape == "bd3lm"
@@ -111,6 +123,7 @@ def build_transformer_config(
         "fp16": dtype == torch.float16,
         "tensor_model_parallel_size": tensor_parallel,
         "pipeline_model_parallel_size": pipeline_parallel,
+        "sequence_parallel": sequence_parallel,
         "shape": model.shape,
         "vocab_size": vocab_size,
         "padded_vocab_size": padded,
@@ -119,10 +132,14 @@ def build_transformer_config(
         "init_std": model.init_std,
         "block_attention_backend": attention_backend or model.attention_backend,
         **_FLAGS,
+        **_RECOMPUTATION[recompute],
     }
     if getattr(TransformerConfig, "cuda_graph_scope", None) == "full":
         settings["cuda_graph_scope"] = []  # the default of 0.16 warns of itself
-    return BDTransformerConfig(**{**settings, **overrides})
+    with warnings.catch_warnings():
+        # Recomputed attention makes it wonder whether that is Transformer Engine's; it is ours.
+        warnings.filterwarnings("ignore", message="If you are using transformer_engine")
+        return BDTransformerConfig(**{**settings, **overrides})
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -160,6 +177,13 @@ _FLAGS: dict[str, Any] = {
     # The objective divides by the global count of tokens, the schedule by nothing.
     "calculate_per_token_loss": True,
 }
+
+_RECOMPUTATION: dict[str, dict[str, Any]] = {
+    "none": {},
+    "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""What is made again in backward, in Megatron's words."""
 
 
 def _find_problems(model: ModelConfig, vocab_size: int, mask_id: int, padded: int, tp: int) -> list[str]:

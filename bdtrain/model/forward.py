@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bdtrain.diffusion.keyed import NoiseKey
 from bdtrain.diffusion.objectives.base import Corrupted, Objective
 from bdtrain.diffusion.visibility import BlockLayout
+from bdtrain.errors import ShapeError
 from bdtrain.model.transformer import assemble_streams
 
 
@@ -95,19 +96,42 @@ def forward_losses(model: nn.Module, objective: Objective, micro_batch: MicroBat
     """Weighted loss of every row that needs one.
 
     Args:
-        model: the two-stream transformer.
+        model: the two-stream transformer, or its last pipeline stage.
         objective: computes losses from logits.
         micro_batch: from ``corrupt_rows``.
 
     Returns:
         Weighted nats, float32 [selected], in row-major order of ``corrupted.rows``.
+
+    Raises:
+        ShapeError: on a pipeline stage without a head.
+    """
+    if not getattr(model, "post_process", True):
+        raise ShapeError("this pipeline stage has no head and no losses; use forward_stage")
+    return forward_stage(model, objective, micro_batch)
+
+
+def forward_stage(model: nn.Module, objective: Objective, micro_batch: MicroBatch) -> Tensor:
+    """What a pipeline stage makes of a micro-batch: for the next stage, or the losses.
+
+    Args:
+        model: the two-stream transformer, or a pipeline stage of it.
+        objective: computes losses from logits.
+        micro_batch: from ``corrupt_rows``; the same on every stage.
+
+    Returns:
+        On the last stage weighted nats of every row that needs a loss, float32 [selected], in row-major order
+        of ``corrupted.rows``. On earlier stages hidden states, [rows, batch, hidden]: ``stream_rows`` of
+        them, divided by the ranks of sequence parallelism.
     """
     corrupted = micro_batch.corrupted
-    view = model(
+    output = model(
         assemble_streams(corrupted.noisy, corrupted.clean),
         micro_batch.layout,
         noisy_copies=0 if corrupted.noisy is None else corrupted.noisy.shape[1],
         clean=corrupted.clean is not None,
         rows=corrupted.rows,
     )
-    return objective.loss(view, corrupted.targets[corrupted.rows], corrupted.weight[corrupted.rows])
+    if isinstance(output, Tensor):
+        return output
+    return objective.loss(output, corrupted.targets[corrupted.rows], corrupted.weight[corrupted.rows])

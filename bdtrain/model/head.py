@@ -36,6 +36,9 @@ class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
             gather_output=False,
             tp_group=tp_group,
         )
+        # The rows that come are whole already, each rank has all of them: no gathering here.
+        self.sequence_parallel = False
+        self.allreduce_dgrad = tp_group.size() > 1
         ids = torch.arange(self.output_size_per_partition) + tp_group.rank() * self.output_size_per_partition
         excluded = (ids == config.mask_id) | (ids >= config.vocab_size)
         self.register_buffer("excluded_columns", excluded, persistent=False)

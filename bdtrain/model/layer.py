@@ -25,6 +25,30 @@ from bdtrain.model.config import BDTransformerConfig
 from bdtrain.model.norm import norm_class
 
 
+class MlpInputLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron's projection that adds its bias itself, where it would hand it to the MLP to add.
+
+    A parameter is thus read by its own module only: ZeRO stage 3 gathers it around that module's forward, and
+    one that is handed out stays gathered, with the values of then.
+    """
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """Project [rows, batch, hidden], bias included."""
+        return _add_bias(*super().forward(input_)), None
+
+
+class MlpOutputLinear(RowParallelLinear):  # type: ignore[misc]
+    """The same for the projection back."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """Project [rows, batch, local ffn], bias included."""
+        return _add_bias(*super().forward(input_)), None
+
+
+def _add_bias(output: Tensor, bias: Tensor | None) -> Tensor:
+    return output if bias is None else output + bias
+
+
 class TwoStreamLayer(TransformerLayer):  # type: ignore[misc]
     """Megatron's pre-norm layer; the last one of the model returns the rows of the output streams only."""
 
@@ -86,7 +110,7 @@ def layer_spec(config: BDTransformerConfig) -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=MlpInputLinear, linear_fc2=MlpOutputLinear),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

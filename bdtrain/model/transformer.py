@@ -6,11 +6,12 @@ turns are here.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -22,11 +23,13 @@ from torch import Tensor
 from bdtrain.diffusion.visibility import BlockLayout
 from bdtrain.errors import ShapeError
 from bdtrain.model.attention import AttentionContext, StreamContext
-from bdtrain.model.config import BDTransformerConfig, leave_unset
+from bdtrain.model.config import BDTransformerConfig
+from bdtrain.model.embedding import TokenEmbedding
 from bdtrain.model.head import ParallelVocabView, VocabularyHead
 from bdtrain.model.layer import layer_spec
 from bdtrain.model.norm import norm_class
 from bdtrain.model.rope import RopeTable, make_rope_table
+from bdtrain.model.streams import to_chunks, to_streams
 from bdtrain_kernels import prepare
 
 
@@ -60,13 +63,7 @@ class TwoStreamTransformer(MegatronModule):  # type: ignore[misc]
         self.pre_process = pre_process
         self.post_process = post_process
         if pre_process:
-            self.embedding = VocabParallelEmbedding(
-                config.padded_vocab_size,
-                config.hidden_size,
-                init_method=leave_unset,
-                config=config,
-                tp_group=pg_collection.tp,
-            )
+            self.embedding = TokenEmbedding(config, tp_group=pg_collection.tp)
         layers = get_num_layers_to_build(config, pp_rank=pg_collection.pp.rank())
         self.decoder = TransformerBlock(
             config,
@@ -79,9 +76,19 @@ class TwoStreamTransformer(MegatronModule):  # type: ignore[misc]
             post_process=post_process,
             pg_collection=pg_collection,
         )
+        if config.sequence_parallel:
+            # The block (not its layers) reads one thing there: whether to fork Megatron's global random
+            # state, which nobody seeded. Nothing in the layers draws.
+            self.decoder.config = copy(config)
+            self.decoder.config.sequence_parallel = False
         if post_process:
             self.final_layernorm = norm_class(config)(config, config.hidden_size, config.layernorm_epsilon)
             self.output_layer = VocabularyHead(config, tp_group=pg_collection.tp)
+
+    @property
+    def chunks(self) -> int:
+        """Ranks that split the sequence axis between the embedding and the final norm."""
+        return int(self.pg_collection.tp.size()) if self.config.sequence_parallel else 1
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """Take the previous pipeline stage's output; Megatron's schedules call this before ``forward``."""
@@ -111,7 +118,7 @@ class TwoStreamTransformer(MegatronModule):  # type: ignore[misc]
         Returns:
             On the last pipeline stage the logits of the rows, in row-major order of ``rows``, as a lazy view;
             without ``rows`` the normed hidden states of the output streams, [batch, out, seq, hidden]. On
-            earlier stages the hidden states for the next one, [streams * seq, batch, hidden].
+            earlier stages the hidden states for the next one, [streams * seq / chunks, batch, hidden].
 
         Raises:
             ShapeError: if the shapes do not belong together.
@@ -128,9 +135,16 @@ class TwoStreamTransformer(MegatronModule):  # type: ignore[misc]
             raise ShapeError(
                 f"rows has shape {tuple(rows.shape)}; it must be [batch, out, seq] = [{batch}, {out}, {seq}]"
             )
+        if seq % self.chunks:
+            raise ShapeError(
+                f"{self.chunks} ranks do not divide the {seq} tokens of a row between them; choose a "
+                f"seq_len that is a multiple of {self.chunks}, or sequence_parallel=False"
+            )
+        tokens = to_chunks(tokens, chunks=self.chunks, seq=seq, dim=1)
         hidden = self.run_layers(tokens, self._stream_context(layout, noisy_copies, clean))
         if not self.post_process:
             return hidden
+        hidden = self._gather_rows(hidden, seq)
         if rows is None:
             return self.final_layernorm(hidden).unflatten(0, (out, seq)).permute(2, 0, 1, 3)
         return self.view_rows(hidden, rows.flatten(1))
@@ -139,14 +153,13 @@ class TwoStreamTransformer(MegatronModule):  # type: ignore[misc]
         """Embedding and layers.
 
         Args:
-            tokens: int64 [batch, seq].
+            tokens: int64 [batch, rows], chunk after chunk where ranks split them.
             context: what attention needs to know.
 
         Returns:
-            [output rows, batch, hidden], before the final norm.
+            [output rows of this rank, batch, hidden], before the final norm.
         """
-        # Turning the ids, not the activations, gives Megatron's [seq, batch, hidden] for nothing.
-        hidden = self.embedding(tokens.t().contiguous()) if self.pre_process else None
+        hidden = self.embedding(tokens) if self.pre_process else None
         states: Tensor = self.decoder(hidden, None, attention_bias=context)
         return states
 
@@ -164,6 +177,16 @@ class TwoStreamTransformer(MegatronModule):  # type: ignore[misc]
         row, position = rows.nonzero(as_tuple=True)
         picked = hidden.flatten(0, 1).index_select(0, position * batch + row)
         return ParallelVocabView(self.final_layernorm(picked), self.output_layer)
+
+    def _gather_rows(self, hidden: Tensor, seq: int) -> Tensor:
+        """Rows of all ranks, stream after stream; every rank computes the same with them from here on."""
+        if self.chunks == 1:
+            return hidden
+        # Hence no sum over ranks in backward: each gets the whole gradient and keeps its rows of it.
+        gathered = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+        )
+        return to_streams(gathered, chunks=self.chunks, seq=seq)
 
     def rope_table(self, positions: Tensor) -> RopeTable:
         """Angles of positions, int64 [seq] or [seq, batch]."""
@@ -187,35 +210,30 @@ class TwoStreamTransformer(MegatronModule):  # type: ignore[misc]
             noisy_copies=noisy_copies,
             clean=clean,
             backend=backend,
+            chunks=self.chunks,
         )
 
 
-def assemble_streams(noisy: Tensor | None, clean: Tensor | None, chunks: int = 1) -> Tensor:
-    """Lay the streams end to end, chunk by chunk.
-
-    For chunk c of the sequence come the copies' parts in order, then the clean part, so that ranks which
-    split the sequence own noisy and clean rows of the same positions. One chunk is the plain order noisy_1 ..
-    noisy_C, clean.
+def assemble_streams(noisy: Tensor | None, clean: Tensor | None) -> Tensor:
+    """Lay the streams end to end: noisy_1 .. noisy_C, clean.
 
     Args:
         noisy: noised ids, int64 [batch, copies, seq], or None.
         clean: clean ids, int64 [batch, seq], or None.
-        chunks: number of chunks; it must divide seq.
 
     Returns:
         [batch, streams * seq].
 
     Raises:
-        ShapeError: if there is no stream, the shapes differ or ``chunks`` does not divide seq.
+        ShapeError: if there is no stream or the shapes differ.
     """
     parts = ([] if noisy is None else [noisy]) + ([] if clean is None else [clean.unsqueeze(1)])
     if not parts:
         raise ShapeError("neither a noisy nor a clean stream was given; at least one is needed")
     batch, _, seq = parts[0].shape
-    if any(part.shape[0] != batch or part.shape[2] != seq for part in parts) or seq % chunks:
+    if any(part.shape[0] != batch or part.shape[2] != seq for part in parts):
         raise ShapeError(
-            f"streams of shapes {[tuple(part.shape) for part in parts]} cannot be laid in {chunks} chunks; "
-            "batch and seq must agree and chunks must divide seq"
+            f"streams of shapes {[tuple(part.shape) for part in parts]} cannot be laid end to end; batch and "
+            "seq must agree"
         )
-    streams = torch.cat(parts, dim=1)
-    return streams.unflatten(2, (chunks, seq // chunks)).transpose(1, 2).flatten(1)
+    return torch.cat(parts, dim=1).flatten(1)

@@ -9,57 +9,17 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from bdtrain.errors import ConfigError
 from bdtrain.parallel.cpu import install_cpu_shim
+from bdtrain.parallel.launch_environment import RENDEZVOUS, Launch, read_launch, torch_environment
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Who this process is, as the launcher said it in the environment.
-
-    Attributes:
-        rank: number of this process, 0 to world_size - 1.
-        local_rank: number of this process on its machine.
-        world_size: processes in the run.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Read RANK, LOCAL_RANK and WORLD_SIZE; a process started by hand is a world of one.
-
-    Raises:
-        ConfigError: if only some of them are set, or one is not a number.
-    """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    found = {name: environment[name] for name in names if name in environment}
-    if not found:
-        return Launch(rank=0, local_rank=0, world_size=1)
-    if "RANK" not in found or "WORLD_SIZE" not in found:
-        missing = sorted({"RANK", "WORLD_SIZE"} - set(found))
-        raise ConfigError(
-            f"the environment sets {sorted(found)} but not {missing}; start the run with `deepspeed` or "
-            "`torchrun`, which set all of them, or unset them to run one process"
-        )
-    try:
-        rank, world = int(found["RANK"]), int(found["WORLD_SIZE"])
-        return Launch(rank=rank, local_rank=int(found.get("LOCAL_RANK", rank)), world_size=world)
-    except ValueError as error:
-        raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers; found {found}") from error
 
 
 def prepare_deepspeed() -> None:
@@ -91,22 +51,39 @@ def init_process_group(launch: Launch, *, timeout_s: float = 1800.0) -> None:
     """
     if dist.is_initialized():
         return
-    # DeepSpeed reads them again, and wants them even in a world of one.
-    said = {"RANK": launch.rank, "WORLD_SIZE": launch.world_size, "LOCAL_RANK": launch.local_rank}
-    os.environ.update({name: str(value) for name, value in said.items()})
+    # Whatever launched this process: torch and DeepSpeed read the names of torchrun, even in a world of one.
+    os.environ.update(torch_environment(launch))
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(launch.local_rank)
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if cuda else "gloo"
-    if launch.world_size == 1:
+    # Tests meet through a file: ports of one machine are few and may be taken.
+    rendezvous = os.environ.get(RENDEZVOUS)
+    if launch.world_size > 1 and rendezvous:
+        dist.init_process_group(
+            backend,
+            init_method=rendezvous,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    elif launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
 
 
-def init_groups(launch: Launch | None = None) -> ProcessGroupCollection:
+def init_groups(launch: Launch | None = None, *, tp: int = 1, pp: int = 1) -> ProcessGroupCollection:
     """Start torch.distributed and Megatron's grid.
+
+    Ranks count tensor-parallel first, then data-parallel, then pipeline stages, so that the ranks which talk
+    most sit closest.
+
+    Args:
+        launch: who this process is; a world of one if None.
+        tp: ranks that share each layer.
+        pp: pipeline stages.
 
     Returns:
         The groups of this process (tp, pp, cp, dp, dp_cp, embd, pos_embd, mp, ...), each of size 1 in a world
@@ -116,10 +93,21 @@ def init_groups(launch: Launch | None = None) -> ProcessGroupCollection:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    init_process_group(launch or Launch(0, 0, 1))
+    init_process_group(launch or read_launch({}))
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+        )
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """All ranks, with tensors on the CPU: for small values and for what is written to disk.
+
+    Returns:
+        None where the default group is of that kind already. Every rank must call it.
+    """
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
 
 
 def destroy_groups() -> None:

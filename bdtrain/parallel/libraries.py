@@ -17,9 +17,14 @@ def prepare_libraries() -> None:
     needs; DeepSpeed warns of gathers that it uses itself and that torch means to rename.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Kernels then start in the order of their calls, so that tensor-parallel communication overlaps with the
+    # gradients of weights as Megatron means it to.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     warnings.filterwarnings(
-        "ignore", message=".*_all_gather_base.*|.*all_gather_into_tensor.*", category=FutureWarning
+        "ignore",
+        message=".*_all_gather_base.*|.*all_gather_into_tensor.*|.*reduce_scatter_tensor.*",
+        category=FutureWarning,
     )
     warnings.filterwarnings("ignore", message="Apex is not installed.*", category=UserWarning)
     warnings.filterwarnings("ignore", message="full scope is deprecated.*", category=UserWarning)

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
-
 
 @contextmanager
 def single_process_groups() -> Iterator[Any]:
@@ -18,6 +16,8 @@ def single_process_groups() -> Iterator[Any]:
     Yields:
         Megatron's ``ProcessGroupCollection``, every group of size 1.
     """
+    import torch.distributed as dist
+
     from bdtrain.parallel.groups import destroy_groups, init_groups
 
     ours = not dist.is_initialized()

@@ -44,11 +44,20 @@ class Console:
             print(text, file=self._stream, flush=True)
 
     def progress(
-        self, *, step: int, steps: int, loss: float, lr: float, tokens_per_second: float, seconds_left: float
+        self,
+        *,
+        step: int,
+        steps: int,
+        loss: float,
+        lr: float,
+        tokens_per_second: float,
+        seconds_left: float,
+        mfu: float | None = None,
     ) -> None:
-        """The progress line of training."""
+        """The progress line of training; ``mfu`` in [0, 1], left out where the device's peak is not known."""
         width = len(str(steps))
+        utilization = "" if mfu is None else f"  MFU {mfu:.1%}"
         self.line(
             f"step {step:>{width}}/{steps}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"{format_count(tokens_per_second)} tokens/s  ETA {format_seconds(seconds_left)}"
+            f"{format_count(tokens_per_second)} tokens/s{utilization}  ETA {format_seconds(seconds_left)}"
         )

@@ -1,40 +1,187 @@
-"""The run's folder: made once, never written over."""
+"""The run's folder: one writer at a time, and a run in it is continued or left alone, never written over.
+
+run.json             who the run is: uid, attempts, the settings and the data that make it this run
+config.yaml          the resolved configuration of the latest attempt
+metrics.jsonl        every number (``bdtrain.tracking.jsonl``)
+checkpoints/step-N   training state (``bdtrain.checkpoint``)
+checkpoint/          final weights
+samples.jsonl, summary.json, EXIT.json
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bdtrain.checkpoint.communicator import Communicator
 from bdtrain.config import RunConfig, dump_resolved
-from bdtrain.errors import ConfigError
+from bdtrain.config.resume import fixed_changes, fixed_settings
+from bdtrain.errors import CheckpointError, ConfigError
+from bdtrain.train.run_lock import LOCK, RunLock
+from bdtrain.train.signals import EXIT, clear_exit
 
 RESOLVED = "config.yaml"
+RUN = "run.json"
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "checkpoint"
 
 
-def check_run_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything already: a run never writes over another.
+@dataclass(frozen=True)
+class RunFolder:
+    """A claimed folder.
+
+    Attributes:
+        path: where.
+        run_uid: of the run, made once.
+        attempt: number of this start, from 1.
+        known: what run.json said before this attempt; None for a new run.
+    """
+
+    path: Path
+    run_uid: str
+    attempt: int
+    known: dict[str, Any] | None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the training checkpoints."""
+        return self.path / CHECKPOINTS
+
+
+def claim_run_folder(config: RunConfig, communicator: Communicator, lock: RunLock) -> RunFolder:
+    """Lock the folder and say what is in it; every rank calls this, rank 0 looks.
+
+    Nothing is written but the lock: ``begin_attempt`` does that, when the run can start.
+
+    Args:
+        config: the run.
+        communicator: all ranks.
+        lock: of the folder; acquired on rank 0.
 
     Raises:
-        ConfigError: if it does, or is a file.
+        ConfigError: the same on all ranks: the folder holds another run, a finished one or other files, or
+            is being written.
     """
+
+    def look() -> dict[str, Any]:
+        folder = Path(config.run.folder)
+        _inspect(config, folder)
+        lock.acquire()
+        known = _inspect(config, folder)
+        return {"known": known, "uid": known["run_uid"] if known else uuid.uuid4().hex}
+
+    found = on_first_rank(communicator, look)
+    known = found["known"]
+    return RunFolder(
+        path=Path(config.run.folder),
+        run_uid=found["uid"],
+        attempt=1 if known is None else int(known["attempts"]) + 1,
+        known=known,
+    )
+
+
+def begin_attempt(folder: RunFolder, config: RunConfig, facts: dict[str, Any]) -> None:
+    """Write run.json and the resolved configuration; rank 0 only.
+
+    Args:
+        folder: from ``claim_run_folder``.
+        config: the run.
+        facts: what identifies its data.
+    """
+    content = folder.known or {
+        "run_uid": folder.run_uid,
+        "created": round(time.time(), 3),
+        "fixed_settings": fixed_settings(config),
+        **facts,
+    }
+    write_json(folder.path / RUN, {**content, "attempts": folder.attempt})
+    (folder.path / RESOLVED).write_text(dump_resolved(config), encoding="utf-8")
+    clear_exit(folder.path)
+
+
+def leave_unstarted(folder: Path) -> None:
+    """Remove a folder in which nothing was written: a run that could not start leaves none behind."""
     try:
-        taken = folder.exists() and any(folder.iterdir())
-    except NotADirectoryError as error:
-        raise ConfigError(f"run.folder={folder} is a file; choose another folder") from error
-    if taken:
-        raise ConfigError(
-            f"run.folder={folder} holds another run; choose another with "
-            "run.name=... or run.folder=..., or remove it"
-        )
+        folder.rmdir()
+    except OSError:
+        return
 
 
-def claim_run_folder(config: RunConfig) -> Path:
-    """Make the folder of a run and write the resolved configuration into it.
+def on_first_rank(communicator: Communicator, action: Callable[[], Any]) -> Any:
+    """Do something on rank 0; every rank gets its JSON result, or raises the same error of ours."""
+    outcome: dict[str, Any] = {}
+    if communicator.rank == 0:
+        try:
+            outcome = {"value": action()}
+        except (ConfigError, CheckpointError) as error:
+            outcome = {"error": str(error), "checkpoint": isinstance(error, CheckpointError)}
+    outcome = communicator.broadcast_object(outcome)
+    if "error" in outcome:
+        raise (CheckpointError if outcome["checkpoint"] else ConfigError)(outcome["error"])
+    return outcome["value"]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file in one step."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _inspect(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """What run.json says, None where there is no run yet.
 
     Raises:
-        ConfigError: if the folder holds anything already.
+        ConfigError: if the run cannot be in this folder.
     """
-    folder = Path(config.run.folder)
-    check_run_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESOLVED).write_text(dump_resolved(config), encoding="utf-8")
-    return folder
+    another = "choose another folder with run.name=... or run.folder=..."
+    try:
+        # A folder in which nothing but a lock or an unfinished file lies is free.
+        taken = folder.exists() and any(
+            path.name != LOCK and not path.name.startswith(f".tmp-{RUN}") for path in folder.iterdir()
+        )
+    except NotADirectoryError as error:
+        raise ConfigError(f"run.folder={folder} is a file; {another}") from error
+    if not taken:
+        return None
+    if not (folder / RUN).is_file():
+        raise ConfigError(f"run.folder={folder} holds files, but no run ({RUN} is missing); {another}")
+    if not config.run.resume:
+        raise ConfigError(
+            f"run.folder={folder} holds another run and run.resume=false; {another}, or continue that run "
+            "with run.resume=true"
+        )
+    try:
+        known: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        changes = fixed_changes(known["fixed_settings"], fixed_settings(config))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / RUN} cannot be read ({error!r}); {another}") from error
+    if changes:
+        lines = "\n  ".join(f"{key}: the run has {before}, now {after}" for key, before, after in changes)
+        raise ConfigError(
+            f"run.folder={folder} holds another run, which differs in what cannot change:\n  {lines}\n"
+            f"give the same settings to continue it, or {another}"
+        )
+    _refuse_finished(config, folder, another)
+    return known
+
+
+def _refuse_finished(config: RunConfig, folder: Path, another: str) -> None:
+    try:
+        left = json.loads((folder / EXIT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if left.get("reason") == "finished" and left.get("step", 0) >= config.train.steps:
+        raise ConfigError(
+            f"run.folder={folder} holds a finished run of {left['step']} steps; raise train.steps (now "
+            f"{config.train.steps}) to train it further, or {another}"
+        )

@@ -1,43 +1,267 @@
-"""From a validated configuration to a finished run with its summary on disk."""
+"""From a validated configuration to a finished, or a resumable, run."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from bdtrain.config import RunConfig, check_paths, validate_layout
-from bdtrain.parallel.groups import destroy_groups, read_launch
+import torch
+
+from bdtrain import __version__
+from bdtrain.checkpoint.communicator import Communicator, TorchCommunicator
+from bdtrain.checkpoint.folders import choose_checkpoint, clean_leftovers
+from bdtrain.checkpoint.load import TrainingState
+from bdtrain.config import RunConfig, check_paths
+from bdtrain.config.estimate import count_parameters
+from bdtrain.config.layout import Layout, resolve_layout
+from bdtrain.config.resume import changed_settings
+from bdtrain.errors import BdtrainError, NonFiniteError
+from bdtrain.parallel.groups import destroy_groups, host_group, init_groups, read_launch
 from bdtrain.tracking.console import Console, format_count, format_seconds
-from bdtrain.train.loop import RunSummary, run_training
+from bdtrain.tracking.goodput import Goodput
+from bdtrain.tracking.jsonl import MetricsLog, attempt_spans
+from bdtrain.tracking.mlflow import MlflowShipper
+from bdtrain.train.faults import Faults
+from bdtrain.train.folder import RunFolder, begin_attempt, claim_run_folder, leave_unstarted
+from bdtrain.train.loop import RunSummary, Stopped, Trainer
+from bdtrain.train.progress import Progress
+from bdtrain.train.run_lock import RunLock
+from bdtrain.train.setup import Parts, build_parts, prepare_machine
+from bdtrain.train.signals import StopRequest, write_exit
+
+METRICS = "metrics.jsonl"
+SHORT_DRAIN_S = 2.0
+"""Time to ship the last metrics when the launcher is waiting with a kill."""
+
+SUMMARY = "summary.json"
 
 
-def train_from_config(config: RunConfig, environment: Mapping[str, str], *, console: Console) -> RunSummary:
-    """Train, then write ``summary.json`` into the run's folder.
+def train_from_config(
+    config: RunConfig, environment: Mapping[str, str], *, console: Console, stop: StopRequest
+) -> RunSummary | Stopped:
+    """Train, or continue, the run that a configuration describes.
 
     Args:
         config: a validated configuration.
         environment: of this process; says its rank.
         console: where progress goes.
+        stop: listens already, since it must not miss what happens while libraries are imported.
+
+    Returns:
+        The summary of a finished run, which is also in ``summary.json``; or where it was asked to stop.
 
     Raises:
         BdtrainError: whatever stops the run, before any work is lost where that is possible.
     """
     launch = read_launch(environment)
-    validate_layout(config, launch.world_size)
+    layout = resolve_layout(config, launch.world_size)
     check_paths(config)
-    try:
-        summary = run_training(config, launch, console=console)
-    finally:
-        destroy_groups()
-    if launch.rank == 0:
-        write_summary(Path(config.run.folder) / "summary.json", summary)
-    console.line(
-        f"done: {format_count(summary.tokens)} tokens in {format_seconds(summary.train_seconds)} of training "
-        f"({format_count(summary.tokens_per_second)} tokens/s), {format_seconds(summary.wall_seconds)} in all"
-        + (f"; weights in {summary.checkpoint}" if summary.checkpoint else "")
+    faults = Faults.from_environment(environment, launch.rank)
+    folder = Path(config.run.folder)
+    lock = RunLock(folder, tell=console.line)
+    goodput = Goodput()
+    with ExitStack() as stack:
+        device = prepare_machine(config, launch)
+        groups = init_groups(launch, tp=layout.tp, pp=layout.pp)
+        stack.callback(destroy_groups)
+        communicator = TorchCommunicator(host_group())
+        if launch.rank == 0:
+            stack.callback(leave_unstarted, folder)
+            stack.callback(lock.release)
+        claimed = claim_run_folder(config, communicator, lock)
+        config, parts = build_parts(
+            config,
+            layout,
+            groups,
+            communicator,
+            known=claimed.known,
+            device=device,
+            console=console,
+            stack=stack,
+        )
+        trainer = start_attempt(
+            config, layout, parts, claimed, goodput=goodput, stop=stop, faults=faults, stack=stack
+        )
+        return run_attempt(trainer, first=launch.rank == 0)
+
+
+def start_attempt(
+    config: RunConfig,
+    layout: Layout,
+    parts: Parts,
+    folder: RunFolder,
+    *,
+    goodput: Goodput,
+    stop: StopRequest,
+    faults: Faults,
+    stack: ExitStack,
+) -> Trainer:
+    """Load the newest whole checkpoint, if there is one, and open the run's books.
+
+    Raises:
+        CheckpointError: if the checkpoint does not fit the model; nothing was written then.
+    """
+    communicator, console = parts.communicator, parts.console
+    found = choose_checkpoint(folder.checkpoints, communicator, folder.run_uid)
+    for path, reason in found.rejected:
+        console.line(f"checkpoint {path.name} passed over: {reason}")
+    progress = Progress()
+    facts: dict[str, Any] = {}
+    if found.newest is not None:
+        saved = TrainingState.open(found.newest)
+        progress, facts = restore(saved, config, parts, communicator)
+        goodput = Goodput(saved.state["goodput"], spans=attempt_spans(folder.path / METRICS))
+        console.line(
+            f"attempt {folder.attempt} continues at step {progress.step} from {found.newest.name}"
+            + "".join(f"\n  {key}: {before} -> {now}" for key, before, now in facts.get("changed", []))
+        )
+    elif folder.known is not None:
+        console.line(f"attempt {folder.attempt} begins anew: the run has no whole checkpoint")
+        goodput = Goodput(spans=attempt_spans(folder.path / METRICS))
+    metrics = shipper = None
+    if communicator.rank == 0:
+        identity = {
+            "tokenizer": parts.loader.tokenizer_info.to_dict(),
+            "data_fingerprint": dict(parts.loader.fingerprint),
+        }
+        begin_attempt(folder, config, identity)
+        folder.checkpoints.mkdir(exist_ok=True)
+        clean_leftovers(folder.checkpoints)
+        metrics = stack.enter_context(MetricsLog(folder.path / METRICS, folder.attempt))
+        metrics.event("start", progress.step, **environment_facts(), world_size=layout.world_size, **facts)
+        for path, reason in found.rejected:
+            metrics.event("rejected_checkpoint", progress.step, folder=path.name, reason=reason)
+        if config.tracking.mlflow:
+            shipper = start_shipper(config, folder)
+            console.line(f"MLflow: {shipper.address}, run {run_name(config)}")
+    return Trainer(
+        config,
+        layout,
+        parts,
+        folder,
+        progress,
+        metrics=metrics,
+        shipper=shipper,
+        goodput=goodput,
+        stop=stop,
+        faults=faults,
     )
-    return summary
+
+
+def start_shipper(config: RunConfig, folder: RunFolder) -> MlflowShipper:
+    """Begin to carry the run's metrics to MLflow, in a process of its own."""
+    shipper = MlflowShipper(
+        folder.path,
+        uri=config.tracking.mlflow_uri,
+        experiment=config.tracking.experiment,
+        run_name=run_name(config),
+        run_uid=folder.run_uid,
+        attempt=folder.attempt,
+    )
+    shipper.start()
+    return shipper
+
+
+def run_name(config: RunConfig) -> str:
+    """Name of a run on MLflow's page, whose table shows nothing else at first."""
+    size = format_count(count_parameters(config.model, config.model.vocab_size or 1).total)
+    return (
+        f"{config.run.name}-{config.diffusion.algo}-L{config.diffusion.block_size}-{size}-s{config.run.seed}"
+    )
+
+
+def restore(
+    saved: TrainingState, config: RunConfig, parts: Parts, communicator: Communicator
+) -> tuple[Progress, dict[str, Any]]:
+    """Put a checkpoint into the engine.
+
+    Returns:
+        The counters, and what is to be said of it in the books.
+    """
+    report = saved.load_into(parts.engine.fragments(), communicator)
+    parts.engine.adopt_state(adam_step=int(saved.state["adam_step"]))
+    facts: dict[str, Any] = {
+        "checkpoint": saved.folder.name,
+        "layout_before": saved.state["layout"],
+        "changed": [list(change) for change in changed_settings(saved.config, config)],
+    }
+    if report.average_started:
+        parts.console.line("the checkpoint has no averaged weights: the average begins at its weights")
+    if report.average_ignored:
+        parts.console.line("the averaged weights of the checkpoint are left out: optim.ema_decay is null")
+    return Progress.from_dict(saved.state["progress"]), facts
+
+
+def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
+    """Run, and write down how it ended.
+
+    Args:
+        trainer: ready to go.
+        first: whether this is rank 0.
+    """
+    folder, console, metrics = trainer.folder.path, trainer.console, trainer.metrics
+    step = trainer.progress.step
+
+    def leave(reason: str, event: str, *, resumable: bool, exit_code: int, **facts: Any) -> None:
+        if metrics is not None:
+            metrics.event(event, trainer.progress.step, reason=reason, **facts)
+        if first:
+            write_exit(folder, reason, trainer.progress.step, resumable=resumable, exit_code=exit_code)
+
+    def ship(timeout_s: float) -> None:
+        news = None if trainer.shipper is None else trainer.shipper.close(timeout_s)
+        if news is not None:
+            console.line(news)
+
+    try:
+        result = trainer.run()
+    except NonFiniteError as error:
+        leave("nonfinite", "failed", resumable=True, exit_code=error.exit_code)
+        ship(SHORT_DRAIN_S)
+        raise
+    except (BdtrainError, OSError, RuntimeError) as error:
+        code = error.exit_code if isinstance(error, BdtrainError) else 1
+        leave("error", "failed", resumable=True, exit_code=code, error=str(error))
+        ship(SHORT_DRAIN_S)
+        raise
+    if isinstance(result, Stopped):
+        leave(result.reason, "stop", resumable=True, exit_code=0)
+        ship(SHORT_DRAIN_S)
+        console.line(
+            f"stopped by {result.reason} at step {result.step}, saved in {result.checkpoint}; the same "
+            "command continues the run"
+        )
+        return result
+    if first:
+        write_summary(folder / SUMMARY, result)
+    leave("finished", "end", resumable=False, exit_code=0)
+    ship(trainer.config.tracking.drain_timeout_s)
+    done = result.steps - step
+    console.line(
+        f"done: {format_count(result.tokens)} tokens in {format_seconds(result.train_seconds)} of training "
+        f"({format_count(result.tokens_per_second)} tokens/s), {format_seconds(result.wall_seconds)} in all, "
+        f"goodput {result.goodput['goodput']:.1%}"
+        + (f", {done} steps in this attempt" if result.attempts > 1 else "")
+        + (f"; weights in {result.checkpoint}" if result.checkpoint else "")
+    )
+    return result
+
+
+def environment_facts() -> dict[str, Any]:
+    """What a reader of the books wants to know of the machine."""
+    return {
+        "bdtrain": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+    }
 
 
 def write_summary(path: Path, summary: RunSummary) -> None:
@@ -51,5 +275,8 @@ def write_summary(path: Path, summary: RunSummary) -> None:
         "train_seconds": summary.train_seconds,
         "wall_seconds": summary.wall_seconds,
         "checkpoint": str(summary.checkpoint) if summary.checkpoint else None,
+        "skipped_steps": summary.skipped_steps,
+        "attempts": summary.attempts,
+        "goodput": summary.goodput,
     }
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +34,17 @@ class AveragedAdamW(torch.optim.AdamW):
         self._ema_decay = ema_decay
 
     @torch.no_grad()
-    def create_state(self) -> None:
-        """Make the state of every parameter now rather than at its first update.
+    def create_state(self, parameters: Iterable[Tensor]) -> None:
+        """Make the state of some parameters now rather than at their first update.
 
-        DeepSpeed links parameters to their optimizer state once, after the first group's first update; the
-        state of later groups would be missing from the link.
+        A checkpoint is read into it before any update. (DeepSpeed's own way is an update with gradients of
+        zero, which decays weights and counts as a step.)
+
+        Args:
+            parameters: what the optimizer is going to update, ZeRO's flat tensors.
         """
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._create(parameter)
+        for parameter in parameters:
+            self._create(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -70,16 +73,50 @@ class AveragedAdamW(torch.optim.AdamW):
             state[AVERAGE_KEY] = parameter.detach().clone()
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms and biases) do not.
+class GroupRule(Protocol):
+    """What ``optim.groups`` says of some parameters.
+
+    Attributes:
+        match: regular expression, searched in the global name.
+        lr_scale: factor of the learning rate.
+        weight_decay: in place of the run's; None leaves that.
+    """
+
+    @property
+    def match(self) -> str: ...  # noqa: D102
+    @property
+    def lr_scale(self) -> float: ...  # noqa: D102
+    @property
+    def weight_decay(self) -> float | None: ...  # noqa: D102
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, rules: Sequence[GroupRule] = ()
+) -> list[dict[str, Any]]:
+    """Groups by learning rate and weight decay: matrices decay, vectors (norms and biases) do not.
+
+    Args:
+        named: parameters by their global names.
+        weight_decay: of matrices that no rule speaks of.
+        rules: the first one that matches a name decides; its weight decay holds for vectors too.
 
     Returns:
-        Groups for an optimizer, empty ones left out; order follows the model's.
+        Groups for an optimizer, in the order in which the model first shows them.
+
     """
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        rule = next((rule for rule in rules if re.search(rule.match, name)), None)
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        if rule is not None and rule.weight_decay is not None:
+            decay = rule.weight_decay
+        groups.setdefault((1.0 if rule is None else rule.lr_scale, decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (scale, decay), parameters in groups.items()
+    ]
 
 
 def learning_rate(

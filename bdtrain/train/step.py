@@ -6,15 +6,16 @@
 2. Count. All micro-batches of the step are taken first; the number of counted tokens is summed over the
    data-parallel ranks. The loss is the weighted sum of negative log-likelihoods over (copies x that count):
    it depends neither on the layout nor on the micro-batch, nor on which tokens happened to be masked.
-3. Forward and backward through Megatron's schedule: noisy and clean streams side by side, one pass; only
-   masked rows reach the head.
-4. Reduction, clipping and the update by DeepSpeed. A gradient that is not finite on one rank skips the step
-on all.
+3. Forward and backward through Megatron's schedule (no pipeline or 1F1B): noisy and clean streams side by
+   side, one pass; only masked rows reach the head.
+4. Reduction, completion of partial gradients, clipping and the update: ``parallel/engine.py``. A gradient
+   that is not finite on one rank skips the step on all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bdtrain.data.loader import Batch
+from bdtrain.data.loader import Batch, split_rows
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
 from bdtrain.diffusion.objectives.base import Objective
-from bdtrain.model.forward import MicroBatch, corrupt_rows, forward_losses, stream_rows
+from bdtrain.model.flops import count_pairs
+from bdtrain.model.forward import MicroBatch, corrupt_rows, forward_stage, stream_rows
 from bdtrain.parallel.engine import Engine, run_schedule
 
 
@@ -37,15 +39,23 @@ class StepResult:
         loss: weighted nats per counted token, the quantity that was minimised.
         masked_share: masked rows over (copies x counted tokens).
         counted_tokens: tokens of the global batch that count.
+        masked_rows: rows that reached the head, over all copies.
+        attention_pairs: useful pairs of query and key per head and full layer.
+        last_attention_pairs: the same of the last layer, where the clean stream asks nothing.
         grad_norm: before clipping; infinite for a skipped step.
         applied: False for a step skipped because it was not finite.
+        stop: whether any rank was asked to stop.
     """
 
     loss: float
     masked_share: float
     counted_tokens: int
+    masked_rows: int
+    attention_pairs: int
+    last_attention_pairs: int
     grad_norm: float
     applied: bool
+    stop: bool
 
 
 def train_step(
@@ -59,23 +69,25 @@ def train_step(
     global_batch_size: int,
     micro_batch_size: int,
     noise_copies: int,
-    data_parallel_group: dist.ProcessGroup,
     device: torch.device,
+    stop: bool = False,
+    spoil: bool = False,
 ) -> StepResult:
     """Train on this rank's rows of one global batch.
 
     Args:
         engine: the model with its optimizer; updated.
         objective: what is minimised.
-        batch: this rank's rows of the global batch, tokens [rows, seq].
+        batch: this rank's rows of the global batch, tokens [rows, seq]; the same on all tp and pp ranks.
         seed: seed of the run.
         step: batches taken before this one, skipped steps included; keys the noise.
         lr: learning rate of the update.
         global_batch_size: rows of the global batch.
         micro_batch_size: rows of a micro-batch.
         noise_copies: noisy copies of each row.
-        data_parallel_group: ranks with other rows of the same batch.
         device: where the model is.
+        stop: this rank was asked to stop; told to all with the counts.
+        spoil: make this rank's loss not finite; for tests of what a run survives.
     """
     # 1. noise
     key = NoiseKey(seed=seed, purpose=Purpose.TRAIN, step=step)
@@ -87,18 +99,14 @@ def train_step(
     ]
 
     # 2. one count for the whole step
-    counts = torch.zeros(2, dtype=torch.int64, device=device)
-    for micro_batch in micro_batches:
-        counts[0] += micro_batch.corrupted.counted.sum()
-        counts[1] += micro_batch.corrupted.rows.sum()
-    dist.all_reduce(counts, group=data_parallel_group)
-    counted, masked = counts.tolist()  # one wait for the device
+    groups = engine.module.pg_collection
+    counted, masked, pairs, last_pairs, stops = _count(micro_batches, stop, groups)
     denominator = max(counted * noise_copies, 1)
     # DeepSpeed takes the mean over data-parallel ranks; the factor undoes it.
-    scale = dist.get_world_size(data_parallel_group) / denominator
+    scale = math.nan if spoil else groups.dp.size() / denominator
 
     # 3. forward and backward
-    with engine.accumulate():
+    with engine.accumulate() as after_backward:
         sums = run_schedule(
             engine.module,
             make_forward_step(objective, scale=scale),
@@ -106,26 +114,50 @@ def train_step(
             rows=stream_rows(micro_batches[0]),
             micro_batch_size=micro_batch_size,
             forward_only=False,
+            after_backward=after_backward,
         )
-    loss = torch.stack(sums).sum() if sums else torch.zeros((), device=device)
-    dist.all_reduce(loss, group=data_parallel_group)
+    # Earlier pipeline stages have no loss and add nothing; tensor-parallel ranks all have the same one.
+    loss = torch.stack(sums).sum().double() if sums else torch.zeros((), dtype=torch.float64, device=device)
+    dist.all_reduce(loss)
 
     # 4. update
     outcome = engine.step(lr=lr)
     return StepResult(
-        loss=float(loss) / denominator,
+        loss=float(loss) / groups.tp.size() / denominator,
         masked_share=masked / denominator,
         counted_tokens=counted,
+        masked_rows=masked,
+        attention_pairs=pairs,
+        last_attention_pairs=last_pairs,
         grad_norm=outcome.grad_norm,
         applied=outcome.applied,
+        stop=stops > 0,
     )
 
 
-def split_rows(batch: Batch, micro_batch_size: int) -> list[Batch]:
-    """Cut a batch into micro-batches of ``micro_batch_size`` rows; the last one may be smaller."""
-    fields = ("tokens", "documents", "counted", "sample_index", "batch_index")
-    starts = range(0, batch.tokens.shape[0], micro_batch_size)
-    return [Batch(**{f: getattr(batch, f)[s : s + micro_batch_size] for f in fields}) for s in starts]
+def _count(micro_batches: Sequence[MicroBatch], stop: bool, groups: Any) -> tuple[int, int, int, int, int]:
+    """Sums over the whole step and all ranks, in one collective and one wait for the device.
+
+    Returns:
+        Counted tokens, masked rows, useful attention pairs of a full and of the last layer, and how many
+        ranks were asked to stop.
+    """
+    device = micro_batches[0].corrupted.rows.device
+    sums = torch.zeros(5, dtype=torch.int64, device=device)
+    for micro_batch in micro_batches:
+        corrupted = micro_batch.corrupted
+        copies = 0 if corrupted.noisy is None else corrupted.noisy.shape[1]
+        clean = corrupted.clean is not None
+        sums[0] += corrupted.counted.sum()
+        sums[1] += corrupted.rows.sum()
+        for place, queries in ((2, "all"), (3, "noisy" if copies and clean else "all")):
+            sums[place] += count_pairs(micro_batch.layout, noisy_copies=copies, clean=clean, queries=queries)
+    # Every tp and pp peer counts the same rows; only the wish to stop is each rank's own.
+    peers = dist.get_world_size() // groups.dp.size()
+    sums[4] = peers * int(stop)
+    dist.all_reduce(sums)
+    totals = (sums // peers).tolist()
+    return totals[0], totals[1], totals[2], totals[3], totals[4]
 
 
 def make_forward_step(
@@ -141,14 +173,14 @@ def make_forward_step(
     def forward_step(
         micro_batches: Iterator[MicroBatch], model: nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        micro_batch = next(micro_batches)
-        losses = forward_losses(model, objective, micro_batch)
-        total = losses.sum()
+        output = forward_stage(model, objective, next(micro_batches))
+        # On the last stage the losses of the rows; on earlier ones hidden states, which nothing reduces.
+        total = output.sum() if model.post_process else output
 
         def reduce(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             # Megatron divides by nothing: the normaliser is already in the scale.
             tokens = torch.zeros((), dtype=torch.int, device=output.device)
-            return output * scale, tokens, total.detach()
+            return output * scale, tokens, output.detach()
 
         return total, reduce
 

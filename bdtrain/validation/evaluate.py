@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from bdtrain.checkpoint.weights import SavedModel, open_model
 from bdtrain.config import DataConfig, RunConfig
@@ -24,7 +23,7 @@ from bdtrain.errors import DataError, TokenizerError
 from bdtrain.model.build import build_model
 from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.model.weights import load_full_state
-from bdtrain.parallel.groups import Launch, init_groups, prepare_deepspeed
+from bdtrain.parallel.groups import init_groups, prepare_deepspeed
 from bdtrain.validation.baselines import Baselines, measure_baselines
 from bdtrain.validation.likelihood import Likelihood, evaluate_likelihood
 
@@ -75,30 +74,38 @@ class Evaluator:
         config: the run; ``model.vocab_size`` is set.
         source: the held-out rows.
         device: where the model is.
-        batch_size: rows per forward pass; four micro-batches of training if None.
+        micro_batch_size: rows of a forward pass in training; evaluation takes four times as many.
+        batch_size: rows per forward pass and rank, in place of that.
     """
 
     def __init__(
-        self, config: RunConfig, source: Source, *, device: torch.device, batch_size: int | None = None
+        self,
+        config: RunConfig,
+        source: Source,
+        *,
+        device: torch.device,
+        micro_batch_size: int | None = None,
+        batch_size: int | None = None,
     ) -> None:
         self._config, self._device = config, device
         # Without a backward pass there is room for more rows.
-        self._batch_size = batch_size or MICRO_BATCHES * config.train.micro_batch_size
+        micro = micro_batch_size or config.train.micro_batch_size or config.train.global_batch_size
+        self._batch_size = batch_size or MICRO_BATCHES * micro
         self._rows = ValidationSet(source, max_sequences=config.validation.sequences)
         self._token_bytes = torch.from_numpy(source.byte_lengths) if config.data.kind == "corpus" else None
         self._objective = build_objective(config, source.tokenizer_info, reported_plan(config))
 
-    def likelihood(self, model: nn.Module) -> Likelihood:
+    def likelihood(self, model: TwoStreamTransformer) -> Likelihood:
         """NELBO, perplexity and bits per byte with their errors."""
         config = self._config
         return evaluate_likelihood(
             model,
             self._objective,
-            self._rows.batches(self._batch_size),
+            self._rows,
+            batch_size=self._batch_size,
             seed=config.run.seed,
             replicates=config.validation.replicates,
             device=self._device,
-            eos_id=self._rows.tokenizer_info.eos_id,
             token_bytes=self._token_bytes,
             exact=config.diffusion.algo == "ar" or config.diffusion.block_size == 1,
         )
@@ -151,7 +158,7 @@ def load_saved(
     """
     saved = open_model(folder)
     prepare_deepspeed()
-    groups = init_groups(Launch(0, 0, 1))
+    groups = init_groups()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(
         saved.config.model,

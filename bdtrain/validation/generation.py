@@ -15,6 +15,7 @@ from bdtrain.errors import DataError
 from bdtrain.model.cache import as_denoiser
 from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.validation.evaluate import load_saved
+from bdtrain.validation.whole import whole_model
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,23 @@ class RunSampler:
         self._tokenizer = None if path is None else Tokenizer.load(path)
 
     def sample(self, model: TwoStreamTransformer, step: int) -> SampledText | None:
-        """One continuation of ``validation.sample_prompt``; None when no tokens are asked for.
+        """One continuation of ``validation.sample_prompt``. Every rank must call it.
+
+        Data-parallel ranks make the same text: with weights that ZeRO splits they need each other for it.
 
         Args:
-            model: the two-stream transformer.
+            model: this rank's part of the two-stream transformer.
             step: keys the draws.
+
+        Returns:
+            None when no tokens are asked for, and on all but the first pipeline stage.
         """
         settings = self._config.validation
-        if not settings.sample_tokens:
+        whole = whole_model(model) if settings.sample_tokens else None
+        if whole is None:
             return None
         (sample,) = sample_texts(
-            model,
+            whole,
             self._config,
             self._info,
             self._tokenizer,

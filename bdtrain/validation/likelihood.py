@@ -11,20 +11,34 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from bdtrain.data.loader import Batch
+from bdtrain.data.loader import Batch, split_rows
+from bdtrain.data.tokenizer import TokenizerInfo
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
 from bdtrain.diffusion.objectives.base import Objective
 from bdtrain.errors import ConfigError, DataError
-from bdtrain.model.forward import MicroBatch, corrupt_rows, forward_losses, stream_rows
+from bdtrain.model.forward import MicroBatch, corrupt_rows, forward_stage, stream_rows
+from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.parallel.engine import run_schedule
 
 MIN_DOCUMENTS = 10
 """Below this many documents the rows stand for them."""
+
+
+class HeldOutRows(Protocol):
+    """Rows of held-out text in order, as ``bdtrain.data.loader.ValidationSet`` has them."""
+
+    @property
+    def tokenizer_info(self) -> TokenizerInfo:
+        """Special ids."""
+
+    def batches(self, batch_size: int, *, dp_rank: int = 0, dp_size: int = 1) -> Iterable[Batch]:
+        """One rank's share: row i of a batch of all ranks goes to rank i % dp_size."""
 
 
 @dataclass(frozen=True)
@@ -88,27 +102,27 @@ class Likelihood:
 
 
 def evaluate_likelihood(
-    model: nn.Module,
+    model: TwoStreamTransformer,
     objective: Objective,
-    batches: Iterable[Batch],
+    rows: HeldOutRows,
     *,
+    batch_size: int,
     seed: int,
     replicates: int,
     device: torch.device,
-    eos_id: int,
     token_bytes: Tensor | None,
     exact: bool,
 ) -> Likelihood:
-    """Measure a model on rows of held-out text, in order.
+    """Measure a model on rows of held-out text, in order. Every rank must call it; all get the result.
 
     Args:
-        model: the two-stream transformer; put into evaluation mode for the time of the call.
+        model: this rank's part of the two-stream transformer; in evaluation mode for the time of the call.
         objective: the objective in its reported form, which integrates over the full range of noise.
-        batches: rows in the order of the text.
+        rows: the held-out rows; data-parallel ranks share them.
+        batch_size: rows per forward pass and rank.
         seed: keys the noise, together with the row's position.
         replicates: independent draws per row, at least 2 unless ``exact``.
         device: where the model is.
-        eos_id: ends a document.
         token_bytes: UTF-8 bytes each token decodes to, int64 [vocab]; None leaves bits per byte out.
         exact: the objective has no noise (AR) or hides everything (block size 1).
 
@@ -122,47 +136,87 @@ def evaluate_likelihood(
         )
     started = time.monotonic()
     draws = 1 if exact else replicates
-    sums = _Sums(draws, eos_id)
+    sums = _Sums(draws, rows.tokenizer_info.eos_id)
+    groups = model.pg_collection
+    share = rows.batches(batch_size, dp_rank=groups.dp.rank(), dp_size=groups.dp.size())
+    whole = rows.batches(batch_size * groups.dp.size())
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
+            for mine, everyones in zip(share, whole, strict=True):
                 # Copies are the replicates: each has strata of its own, and they share one clean stream.
-                micro_batch = corrupt_rows(
-                    objective,
-                    batch,
-                    key=NoiseKey(seed=seed, purpose=Purpose.EVALUATE),
-                    global_batch_size=batch.tokens.shape[0],
-                    copies=draws,
-                    device=device,
-                )
-                losses = _token_losses(model, objective, micro_batch)
-                sums.add(batch, micro_batch.corrupted.counted.cpu(), losses.cpu(), token_bytes)
+                key = NoiseKey(seed=seed, purpose=Purpose.EVALUATE)
+                micro_batches = [
+                    corrupt_rows(
+                        objective, part, key=key, global_batch_size=batch_size, copies=draws, device=device
+                    )
+                    for part in split_evenly(mine, groups.pp.size())
+                ]
+                losses = _token_losses(model, objective, micro_batches)
+                counted = torch.cat([part.corrupted.counted for part in micro_batches])
+                # One more channel carries which tokens count, so that one gather brings everything.
+                table = torch.cat((losses, counted.double().unsqueeze(1)), dim=1)
+                table = _gather_rows(table, groups)[: len(everyones.tokens)]
+                sums.add(everyones, table[:, -1].bool(), table[:, :-1], token_bytes)
     finally:
         model.train(was_training)
     return sums.result(exact=exact, has_bytes=token_bytes is not None, seconds=time.monotonic() - started)
 
 
-def _token_losses(model: nn.Module, objective: Objective, micro_batch: MicroBatch) -> Tensor:
-    """Weighted loss at each position, float64 [batch, draws, seq], through the training schedule."""
+def split_evenly(batch: Batch, parts: int) -> list[Batch]:
+    """Cut into ``parts`` micro-batches of one size, which keep a pipeline busy; one if they do not divide."""
+    rows = len(batch.tokens)
+    return split_rows(batch, rows // parts if rows % parts == 0 else rows)
 
-    def forward_step(micro_batches: Iterator[MicroBatch], module: nn.Module) -> Any:
-        losses = forward_losses(module, objective, next(micro_batches))
-        tokens = torch.zeros((), dtype=torch.int, device=losses.device)
-        return losses, lambda output: (output, tokens, output)
 
-    (losses,) = run_schedule(
+def _gather_rows(table: Tensor, groups: Any) -> Tensor:
+    """The last pipeline stage's values of all data-parallel ranks, in the order of the global batch.
+
+    Args:
+        table: of this rank's rows, float64 [rows, channels, seq].
+        groups: Megatron's process groups.
+
+    Returns:
+        [rows * dp, channels, seq], on the CPU; the same on every rank.
+    """
+    parts = [torch.empty_like(table) for _ in range(groups.dp.size())]
+    dist.all_gather(parts, table.contiguous(), group=groups.dp)
+    # Rank r has the rows i of the global batch with i % dp = r.
+    everyones = torch.stack(parts, dim=1).flatten(0, 1)
+    last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
+    dist.broadcast(everyones, src=last, group=groups.pp)
+    return everyones.cpu()
+
+
+def _token_losses(model: nn.Module, objective: Objective, micro_batches: list[MicroBatch]) -> Tensor:
+    """Weighted loss at each position, through the training schedule.
+
+    Returns:
+        float64 [batch, draws, seq]; zeros on all but the last pipeline stage.
+    """
+
+    def forward_step(batches: Iterator[MicroBatch], module: nn.Module) -> Any:
+        output = forward_stage(module, objective, next(batches))
+        tokens = torch.zeros((), dtype=torch.int, device=output.device)
+        return output, lambda output: (output, tokens, output)
+
+    outputs = run_schedule(
         model,
         forward_step,
-        [micro_batch],
-        rows=stream_rows(micro_batch),
-        micro_batch_size=micro_batch.layout.shape[0],
+        micro_batches,
+        rows=stream_rows(micro_batches[0]),
+        micro_batch_size=micro_batches[0].layout.shape[0],
         forward_only=True,
     )
-    rows = micro_batch.corrupted.rows
-    full = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
-    full[rows] = losses.double()
+    tables = []
+    for number, micro_batch in enumerate(micro_batches):
+        rows = micro_batch.corrupted.rows
+        table = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
+        if outputs:
+            table[rows] = outputs[number].double()
+        tables.append(table)
+    full = torch.cat(tables)
     # AR's output at a position predicts the next token: its loss belongs there.
     return full if objective.noisy else torch.nn.functional.pad(full[..., :-1], (1, 0))
 

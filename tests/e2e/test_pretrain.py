@@ -59,9 +59,9 @@ def test_run_leaves_curve_samples_summary_and_verified_weights(trained):
     steps = [line["step"] for line in curve if "train/loss" in line]
     assert steps == sorted(steps)
     assert steps[-1] == json.loads((folder / "summary.json").read_text())["steps"]
-    valid = [line for line in curve if "valid/nelbo" in line]
+    valid = [line for line in curve if "val/nelbo" in line]
     assert valid[0]["step"] == 0
-    assert valid[-1]["valid/nelbo"] < valid[0]["valid/nelbo"]
+    assert valid[-1]["val/nelbo"] < valid[0]["val/nelbo"]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert samples[0]["step"] == 0
     assert samples[-1]["step"] == steps[-1]

@@ -6,9 +6,11 @@ from bdtrain.config.schema.data import DataConfig
 from bdtrain.config.schema.diffusion import DiffusionConfig, PlanConfig
 from bdtrain.config.schema.fields import NO_UNIT, Section
 from bdtrain.config.schema.model import ModelConfig
-from bdtrain.config.schema.optim import OptimConfig, TrainConfig
+from bdtrain.config.schema.optim import OptimConfig, ParameterGroup, TrainConfig
+from bdtrain.config.schema.parallel import ParallelConfig
 from bdtrain.config.schema.root import RunConfig
 from bdtrain.config.schema.run import RunSection
+from bdtrain.config.schema.tracking import TrackingConfig
 from bdtrain.config.schema.validation import CheckpointConfig, ValidationConfig
 
 __all__ = [
@@ -18,10 +20,13 @@ __all__ = [
     "DiffusionConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
+    "ParameterGroup",
     "PlanConfig",
     "RunConfig",
     "RunSection",
     "Section",
+    "TrackingConfig",
     "TrainConfig",
     "ValidationConfig",
 ]

@@ -44,7 +44,7 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _tuple(value: object) -> object:
+def as_tuple(value: object) -> object:
     """A list as a tuple: frozen sections hold nothing that can be changed in place."""
     return tuple(value) if isinstance(value, list) else value
 
@@ -52,7 +52,7 @@ def _tuple(value: object) -> object:
 Int = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
 """An integer; ``1e6`` counts as one."""
 
-Pair = Annotated[tuple[float, float], BeforeValidator(_tuple, json_schema_input_type=tuple[float, float])]
+Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple, json_schema_input_type=tuple[float, float])]
 """Two numbers, written as a list."""
 
 

@@ -2,9 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Literal, Self
 
-from bdtrain.config.schema.fields import NO_UNIT, Int, Pair, Section, derived_int, setting
+from pydantic import BeforeValidator, field_validator, model_validator
+
+from bdtrain.config.schema.fields import NO_UNIT, Int, Pair, Section, as_tuple, setting
+
+
+class ParameterGroup(Section):
+    """Parameters that take another learning rate or another weight decay than the rest."""
+
+    match: str = setting(
+        unit="regular expression",
+        description="Searched for in the parameter's name in the whole model, as in "
+        "decoder.layers.0.mlp.linear_fc1.weight.",
+        min_length=1,
+    )
+    lr_scale: float = setting(1.0, unit=NO_UNIT, description="Factor of the learning rate.", ge=0)
+    weight_decay: float | None = setting(
+        None,
+        unit=NO_UNIT,
+        description="Decoupled weight decay of these parameters, vectors included. null leaves "
+        "optim.weight_decay and its rule.",
+        ge=0,
+    )
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"it is not a regular expression ({error}); put a backslash before ( ) [ ] * + ? to mean "
+                "the sign itself"
+            ) from error
+        return value
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.model_fields_set & {"lr_scale", "weight_decay"}:
+            raise ValueError("it changes nothing; give lr_scale or weight_decay beside match")
+        return self
+
+
+ParameterGroups = Annotated[
+    tuple[ParameterGroup, ...], BeforeValidator(as_tuple, json_schema_input_type=list[ParameterGroup])
+]
 
 
 class OptimConfig(Section):
@@ -43,6 +88,13 @@ class OptimConfig(Section):
         ge=0,
         le=1,
     )
+    groups: ParameterGroups = setting(
+        (),
+        unit=NO_UNIT,
+        description="Exceptions, a list of {match: REGEX, lr_scale: 1.0, weight_decay: null}: parameters "
+        "whose name in the whole model holds a match take lr_scale times the learning rate, and that weight "
+        "decay where one is given; the first match wins.",
+    )
     ema_decay: float | None = setting(
         0.9999,
         unit=NO_UNIT,
@@ -53,10 +105,6 @@ class OptimConfig(Section):
     )
 
 
-def _micro_batch_size(above: dict[str, Any]) -> int:
-    return int(above["global_batch_size"])
-
-
 class TrainConfig(Section):
     """Length of the run and the cut of its batches."""
 
@@ -64,13 +112,31 @@ class TrainConfig(Section):
     global_batch_size: Int = setting(
         unit="rows", description="Rows per optimizer step, over all ranks.", ge=1
     )
-    micro_batch_size: Annotated[int, derived_int(_micro_batch_size)] = setting(
+    micro_batch_size: Int | None = setting(
         None,
         unit="rows",
-        description="Rows per forward pass on one rank; divides global_batch_size. Memory only: the result "
-        "does not depend on it. null means global_batch_size.",
-        validate_default=True,
+        description="Rows per forward pass on one rank; divides the rows of a data-parallel rank, "
+        "global_batch_size / dp. Memory only: the result does not depend on it. null means all of them.",
         ge=1,
+    )
+    precision: Literal["fp32", "bf16"] = setting(
+        "fp32",
+        unit=NO_UNIT,
+        description="Type of weights and activations. With bf16 the optimizer's copy of the weights and the "
+        "sum of gradients stay fp32.",
+    )
+    recompute: Literal["none", "core_attn", "full"] = setting(
+        "none",
+        unit=NO_UNIT,
+        description="What the backward pass computes again to save memory: nothing, the inside of "
+        "attention, or whole layers.",
+    )
+    peak_tflops: float | None = setting(
+        None,
+        unit="TFLOP/s",
+        description="Peak of one device at this precision, for the share of it that is used (MFU). null "
+        "means what is known of the GPU by its name; a CPU has none.",
+        gt=0,
     )
     num_threads: Int | None = setting(
         None,
@@ -79,12 +145,6 @@ class TrainConfig(Section):
         ge=1,
     )
     log_every_steps: Int = setting(10, unit="steps", description="Steps between two progress lines.", ge=1)
-    zero_stage: Literal[1, 2] = setting(
-        1,
-        unit=NO_UNIT,
-        description="What DeepSpeed ZeRO partitions over data-parallel ranks: 1 optimizer state, 2 also "
-        "gradients.",
-    )
     max_nonfinite_steps: Int = setting(
         10,
         unit="steps",

@@ -11,7 +11,9 @@ from bdtrain.config.schema.diffusion import DiffusionConfig
 from bdtrain.config.schema.fields import Section
 from bdtrain.config.schema.model import ModelConfig
 from bdtrain.config.schema.optim import OptimConfig, TrainConfig
+from bdtrain.config.schema.parallel import ParallelConfig
 from bdtrain.config.schema.run import RunSection
+from bdtrain.config.schema.tracking import TrackingConfig
 from bdtrain.config.schema.validation import CheckpointConfig, ValidationConfig
 
 
@@ -22,7 +24,7 @@ class RunConfig(Section):
     does not.
     """
 
-    run: RunSection = Field(default_factory=RunSection, description="Name, folder and seed.")
+    run: RunSection = Field(default_factory=RunSection, description="Name, folder, seed and going on.")
     model: ModelConfig = Field(description="Shape of the network.")
     data: DataConfig = Field(
         default_factory=DataConfig, description="Which tokens are read and in which order."
@@ -32,10 +34,16 @@ class RunConfig(Section):
     )
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer and learning rate.")
     train: TrainConfig = Field(description="Length of the run and the cut of its batches.")
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig, description="How the run is cut over its ranks."
+    )
     validation: ValidationConfig = Field(
         default_factory=ValidationConfig, description="Likelihood on held-out rows and samples."
     )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What is kept.")
+    tracking: TrackingConfig = Field(
+        default_factory=TrackingConfig, description="Where metrics go besides the run's own files."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Section ``run``: the name of a run, where its files go, and the seed."""
+"""Section ``run``: the name of a run, where its files go, the seed, and whether it goes on."""
 
 from __future__ import annotations
 
@@ -35,4 +35,10 @@ class RunSection(Section):
         description="Seed of every random draw: initialisation, data order, noise and samples.",
         ge=0,
         lt=2**32,
+    )
+    resume: bool = setting(
+        True,
+        unit=NO_UNIT,
+        description="A folder that holds this run is continued from its newest valid checkpoint; false "
+        "refuses a folder that holds anything.",
     )

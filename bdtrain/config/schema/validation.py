@@ -45,4 +45,21 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     """What is written besides metrics."""
 
-    save_final: bool = setting(True, unit=NO_UNIT, description="Write the weights after the last step.")
+    every_steps: Int = setting(
+        0,
+        unit="steps",
+        description="Steps between two checkpoints; 0 writes none but the final one and those that a signal "
+        "asks for.",
+        ge=0,
+    )
+    keep_last: Int = setting(
+        2, unit="checkpoints", description="Newest checkpoints that are kept; older ones are deleted.", ge=1
+    )
+    keep_every_tokens: Int | None = setting(
+        None,
+        unit="tokens",
+        description="Besides the newest, the first checkpoint after each multiple of this many tokens is "
+        "kept for good. null keeps none.",
+        ge=1,
+    )
+    save_final: bool = setting(True, unit=NO_UNIT, description="Write a checkpoint after the last step.")

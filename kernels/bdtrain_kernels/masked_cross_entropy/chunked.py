@@ -125,6 +125,7 @@ def _common_factor(grad: Tensor, announced: Tensor) -> Tensor | None:
     """
     if announced.numel() == 0:
         return grad.new_zeros(())
+    announced = announced.to(grad.dtype)
     largest = announced.abs().argmax()
     if not bool(announced[largest]):
         return grad.new_zeros(()) if not bool(grad.any()) else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bdtrain.config import check_paths, dump_resolved, load_config, validate_layout
+from bdtrain.config import check_paths, dump_resolved, load_config
 from bdtrain.config.checks import find_conflicts, without_effect
 from bdtrain.errors import ConfigError
 from tests.unit.config.helpers import load, only_problem, problems
@@ -28,6 +28,12 @@ from tests.unit.config.helpers import load, only_problem, problems
         ("data.seqlen", "data.seq_len"),
         ("difusion.algo", "diffusion.algo"),
         ("seed", "run.seed"),
+        ("train.zero_stage", "parallel.zero_stage"),
+        ("model.tp", "parallel.tp"),
+        ("train.sequence_parallel", "parallel.sequence_parallel"),
+        ("checkpoint.every_step", "checkpoint.every_steps"),
+        ("tracking.mlflow_url", "tracking.mlflow_uri"),
+        ("optim.group", "optim.groups"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(key: str, meant: str) -> None:
@@ -35,7 +41,9 @@ def test_an_unknown_key_names_the_nearest_one(key: str, meant: str) -> None:
 
 
 def test_an_unknown_key_without_neighbour_lists_what_there_is() -> None:
-    assert "settings of checkpoint: checkpoint.save_final" in only_problem("checkpoint.zzz=1")
+    assert "settings of checkpoint: checkpoint.every_steps, checkpoint.keep_last," in only_problem(
+        "checkpoint.zzz=1"
+    )
     assert "sections: run, model, data" in only_problem("qqq=1")
 
 
@@ -59,13 +67,31 @@ def test_an_unknown_key_without_neighbour_lists_what_there_is() -> None:
         ("optim.betas=[0.9,1.0]", "both must be at least 0 and below 1"),
         ("diffusion.plan.resample=1", "diffusion.plan.resample=1; it must be true or false"),
         ("diffusion.algo=mdml", "choose from block_diffusion, mdlm, ar (did you mean mdlm?)"),
-        ("train.zero_stage=4", "train.zero_stage=4; choose from 1, 2"),
+        ("parallel.zero_stage=4", "parallel.zero_stage=4; choose from 1, 2, 3"),
+        ("parallel.zero_stage=0", "parallel.zero_stage=0; choose 1, 2 or 3: DeepSpeed's stage 0 clips"),
+        ("parallel.zero_stage=false", "parallel.zero_stage=false; choose from 1, 2, 3"),
+        ("parallel.tp=0", "parallel.tp=0; it must be at least 1"),
+        ("parallel.pp=two", "parallel.pp='two'; it must be a whole number"),
+        ("parallel.sequence_parallel=1", "parallel.sequence_parallel=1; it must be true or false"),
+        ("train.precision=fp16", "train.precision='fp16'; choose from fp32, bf16 (did you mean bf16?)"),
+        ("train.recompute=all", "train.recompute='all'; choose from none, core_attn, full"),
+        ("train.peak_tflops=0", "train.peak_tflops=0; it must be greater than 0"),
+        ("train.micro_batch_size=0", "train.micro_batch_size=0; it must be at least 1"),
+        ("run.resume=yes please", "run.resume='yes please'; it must be true or false"),
+        ("checkpoint.every_steps=-1", "checkpoint.every_steps=-1; it must be at least 0"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last=0; it must be at least 1"),
+        ("checkpoint.keep_every_tokens=0.5", "checkpoint.keep_every_tokens=0.5; it must be a whole number"),
+        ("checkpoint.save_final=1", "checkpoint.save_final=1; it must be true or false"),
+        ("tracking.mlflow=1", "tracking.mlflow=1; it must be true or false"),
+        ("tracking.mlflow_uri=''", "tracking.mlflow_uri=''; it must not be empty"),
+        ("tracking.experiment=''", "tracking.experiment=''; it must not be empty"),
+        ("tracking.drain_timeout_s=-1", "tracking.drain_timeout_s=-1; it must be at least 0"),
         ("run.name=no", "run.name=false; it must be text (YAML read it as another type: put it in quotes)"),
         ("run.name=../x", "run.name='../x'; it must match"),
         ("run.seed=-1", "run.seed=-1; it must be at least 0"),
         ("run.seed=4294967296", "run.seed=4294967296; it must be less than 4294967296"),
         ("data.on_corrupt=fail", "data.on_corrupt is not a setting"),
-        ("train.precision=fp32", "train.precision is not a setting"),
+        ("train.dtype=fp32", "train.dtype is not a setting"),
     ],
 )
 def test_a_value_of_the_wrong_kind_says_what_is_allowed(override: str, expected: str) -> None:
@@ -164,6 +190,10 @@ def test_settings_that_do_not_fit_are_refused_with_a_remedy(overrides: list[str]
         ["diffusion.algo=block_diffusion", "validation.sample_tokens=1025"],
         ["data.kind=corpus", "data.path=x", "model.vocab_size=300", "validation.sample_prompt=once"],
         ["run.seed=4294967295"],
+        ["parallel.sequence_parallel=false", "tracking.mlflow=false", "tracking.mlflow_uri=null"],
+        ["parallel.tp=2", "parallel.sequence_parallel=true"],
+        ["checkpoint.every_steps=10", "checkpoint.keep_last=1", "checkpoint.keep_every_tokens=1"],
+        ["train.peak_tflops=989", "optim.groups=[]"],
     ],
 )
 def test_settings_at_the_edge_of_a_rule_are_let_through(overrides: list[str]) -> None:
@@ -278,6 +308,12 @@ def test_an_infeasible_resampling_range_is_refused_when_the_config_is_read() -> 
         (["optim.min_lr_ratio=0.0"], "optim.min_lr_ratio"),
         (["optim.schedule=cosine", "optim.decay_steps=5"], "optim.decay_steps"),
         (["validation.sample_method=first_hitting", "validation.sample_steps=4"], "validation.sample_steps"),
+        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel"),
+        (["checkpoint.keep_last=3"], "checkpoint.keep_last"),
+        (["checkpoint.keep_every_tokens=1e6"], "checkpoint.keep_every_tokens"),
+        (["tracking.mlflow=false", "tracking.mlflow_uri=http://127.0.0.1:5000"], "tracking.mlflow_uri"),
+        (["tracking.mlflow=false", "tracking.experiment=x"], "tracking.experiment"),
+        (["tracking.mlflow=false", "tracking.drain_timeout_s=5"], "tracking.drain_timeout_s"),
     ],
 )
 def test_a_setting_that_would_be_ignored_is_refused(overrides: list[str], key: str) -> None:
@@ -295,6 +331,11 @@ def test_a_setting_that_would_be_ignored_is_refused(overrides: list[str], key: s
         ["diffusion.algo=mdlm", "diffusion.plan.clip_range=[0.3,0.8]"],
         ["data.kind=corpus", "data.path=x", "optim.schedule=wsd", "optim.decay_steps=10"],
         ["optim.schedule=cosine", "optim.min_lr_ratio=0.1", "validation.sample_method=confidence"],
+        ["parallel={tp: 2, sequence_parallel: true}", "checkpoint={every_steps: 5, keep_every_tokens: 1000}"],
+        [
+            "tracking.mlflow=false",
+            "optim.groups=[{match: '^emb', lr_scale: 0}, {match: x, weight_decay: 0.1}]",
+        ],
         ["model.shape=bd3lm", "diffusion.plan={clip_range: [0.1, 0.30000000000000004], resample: true}"],
     ],
 )
@@ -319,12 +360,40 @@ def test_settings_without_effect_are_settings() -> None:
         assert set(table) | {reason.switch for reason in table.values()} <= set(known_keys())
 
 
-def test_this_version_runs_in_one_process() -> None:
-    config = load().config
-    validate_layout(config, 1)
-    for world_size in (0, 2, 8):
-        with pytest.raises(ConfigError, match=f"world_size={world_size}"):
-            validate_layout(config, world_size)
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("3", "optim.groups=3; it must be a list of {match: ..., lr_scale: ..., weight_decay: ...}"),
+        ("{match: x}", "it must be a list of {match: "),
+        ("[3]", "optim.groups[0]=3; it must be {match: ..., lr_scale: ..., weight_decay: ...}"),
+        ("[{lr_scale: 2}]", "optim.groups[0].match is required"),
+        ("[{match: '', lr_scale: 2}]", "optim.groups[0].match=''; it must not be empty"),
+        ("[{match: '(', lr_scale: 2}]", "optim.groups[0].match='('; it is not a regular expression"),
+        ("[{match: x}]", "it changes nothing; give lr_scale or weight_decay"),
+        ("[{match: x, lr_scale: 1}, {match: y, lr_scale: -1}]", "optim.groups[1].lr_scale=-1; it must be at"),
+        ("[{match: x, weight_decay: -1}]", "optim.groups[0].weight_decay=-1; it must be at least 0"),
+        ("[{match: x, lr_scale: big}]", "optim.groups[0].lr_scale='big'; it must be a number"),
+        (
+            "[{match: x, lr: 2, lr_scale: 2}]",
+            "optim.groups[0].lr is not a setting; choose from match, lr_scale, weight_decay",
+        ),
+        ("[{match: x, lr_scal: 2, weight_decay: 0}]", "is not a setting; did you mean lr_scale?"),
+    ],
+)
+def test_a_parameter_group_that_cannot_be_is_refused_with_its_place(groups: str, expected: str) -> None:
+    assert expected in only_problem(f"optim.groups={groups}")
+
+
+def test_parameter_groups_keep_their_order_and_fill_in_what_is_left_out() -> None:
+    groups = load(
+        "optim.groups=[{match: 'a=b$', lr_scale: 2}, {match: '.', weight_decay: 0}]"
+    ).config.optim.groups
+    assert [(g.match, g.lr_scale, g.weight_decay) for g in groups] == [("a=b$", 2.0, None), (".", 1.0, 0.0)]
+
+
+def test_a_wrong_group_does_not_hide_problems_of_other_settings() -> None:
+    lines = problems("optim.groups=[{match: '('}]", "optim.warmup_steps=101", "optim.lr=0")
+    assert len(lines) == 3
 
 
 def test_a_missing_corpus_is_named_with_the_command_that_makes_one(tmp_path: Path) -> None:

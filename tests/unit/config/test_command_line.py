@@ -55,6 +55,11 @@ def test_several_files_are_merged_in_order(tmp_path: Path) -> None:
         (["--config", TINY, "--train.steps", "3"], "settings are given without dashes: train.steps=VALUE"),
         (["--config", TINY, "--conf"], "--conf is not an option; did you mean --config?"),
         (["--config", TINY, "--local_rank", "x"], "invalid int value"),
+        (["--config", TINY, "--check", "--nodes", "0"], "--nodes: 0 is less than 1"),
+        (["--config", TINY, "--check", "--gpus", "x"], "--gpus"),
+        (["--config", TINY, "--nodes", "2"], "--nodes is for --check only"),
+        (["--config", TINY, "--gpus", "2", "--explain", "optim"], "--gpus is for --check only"),
+        (["--config", TINY, "--check", "--gpus", "3"], "dp=3 does not divide global_batch_size=8"),
         (["--config", TINY, "train.step=3"], "did you mean train.steps?"),
         (["--explain", "train.step"], "did you mean train.steps?"),
     ],
@@ -82,14 +87,55 @@ def test_check_prints_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "256 tokens" in text
     assert "25,600 tokens" in text
     assert config_sha256(command.config)[:12] in text
+    assert "1 rank = tp 1 x pp 1 x dp 1, ZeRO 1" in text
+    assert "2 micro-batches of 4 rows" in text
+
+
+def test_check_lays_the_run_out_on_the_nodes_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["parallel={tp: 2, pp: 2, zero_stage: 2}", "train.precision=bf16", "optim.ema_decay=null"]
+    parse_command_line(["--config", TINY, *layout, "--check", "--nodes", "2", "--gpus", "4"], "")
+    text = capsys.readouterr().out
+    assert "8 ranks = tp 2 x pp 2 x dp 2, ZeRO 2" in text
+    assert "1 micro-batch of 4 rows" in text
+    # The last stage of two: one layer, of which tp cuts the attention (32 * (32 + 16 + 16) + 32 * 32) and
+    # the feed-forward part (3 * 32 * 128) but not the norms (32 + 32 + 8 + 8); the head of 64 rows, cut; the
+    # final norm.
+    held = (3072 + 12288) // 2 + 80 + 64 * 32 // 2 + 32
+    assert f"{held:,} parameters" in text
+    kib = {
+        name: f"{size * held / 1024:.2f} KiB" for name, size in (("w", 2), ("g", 2), ("o", 6), ("all", 10))
+    }
+    assert f"bf16 weights {kib['w']}, gradients {kib['g']}" in text
+    assert f"optimizer (fp32 weights, moments) {kib['o']}" in text
+    assert f"{kib['all']} on the fullest rank" in text
+
+
+def test_check_takes_one_node_or_one_rank_where_only_the_other_is_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What is asked for counts, not what was started.
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for option in ("--nodes", "--gpus"):
+        parse_command_line(["--config", TINY, "--check", option, "2"], "")
+        assert "2 ranks = tp 1 x pp 1 x dp 2" in capsys.readouterr().out
+
+
+def test_check_says_that_the_vocabulary_is_the_corpus_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "index.json").write_text("{}")
+    parse_command_line(
+        ["--config", "configs/run/quickstart.yaml", f"data.path={tmp_path}", "--check", "--gpus", "2"], ""
+    )
+    assert "parameters without embedding and head" in capsys.readouterr().out
 
 
 def test_check_finds_a_missing_corpus_and_a_layout_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         parse_command_line(["--config", "configs/run/quickstart.yaml", "data.path=/nowhere", "--check"], "")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="world_size=2"):
-        parse_command_line(["--config", TINY, "--check"], "")
+    with pytest.raises(ConfigError, match="world_size=2 is not a multiple"):
+        parse_command_line(["--config", TINY, "--check", "parallel.pp=4"], "")
 
 
 def test_only_the_first_rank_prints(
@@ -99,6 +145,13 @@ def test_only_the_first_rank_prints(
     for request in (["--help"], ["--explain", "optim.lr"], ["--config", TINY, "--check"]):
         assert parse_command_line(request, "").finished
     assert capsys.readouterr().out == ""
+
+
+def test_a_launcher_may_say_rank_and_world_size_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    parse_command_line(["--config", TINY, "--check"], "", rank=1, world_size=2)
+    assert capsys.readouterr().out == ""
+    parse_command_line(["--config", TINY, "--check"], "", rank=0, world_size=2)
+    assert "2 ranks = tp 1 x pp 1 x dp 2" in capsys.readouterr().out
 
 
 def test_check_and_explain_import_nothing_heavy(repository: Path) -> None:

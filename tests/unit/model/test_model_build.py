@@ -17,6 +17,8 @@ from bdtrain.testing import tiny_model_config
         ({}, {"mask_id": 29}, "mask_id=29 is outside the vocabulary of 29"),
         ({}, {"tensor_parallel": 4}, "choose tp from 1, 2"),
         ({"vocab_multiple": 1}, {"tensor_parallel": 2}, "make vocab_multiple a multiple of 2"),
+        ({}, {"sequence_parallel": True}, "tp=1 would ignore it"),
+        ({}, {"recompute": "some"}, "choose none or core_attn or full"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_what_to_do(changes, arguments, message):
@@ -129,3 +131,21 @@ def test_the_small_preset_has_the_size_of_the_papers_model():
     count = count_parameters(section, vocab_size=50258)
     assert 80e6 < count.layers < 90e6
     assert 115e6 < count.layers + count.embedding / 2 < 130e6
+
+
+@pytest.mark.parametrize("shape", ["qwen3", "bd3lm"])
+def test_no_module_hands_out_a_parameter(build, make_case, shape):
+    """ZeRO stage 3 would leave it gathered, with values that go stale."""
+    from bdtrain.model.transformer import assemble_streams
+
+    model, case, handed_out = build(shape), make_case(), []
+
+    def look(name, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        handed_out.extend(name for value in outputs if isinstance(value, torch.nn.Parameter))
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+    tokens = assemble_streams(case.xt, case.x0)
+    model(tokens, case.layout, noisy_copies=1, clean=True, rows=case.masked).logits()
+    assert handed_out == []

@@ -56,7 +56,8 @@ def test_any_number_of_query_groups_equals_the_serial_transformer(build, oracle,
 @pytest.mark.parametrize(
     "recompute",
     [
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute": "full"},
+        {"recompute": "core_attn"},
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
     ],
 )
@@ -70,6 +71,46 @@ def test_recomputed_activations_give_the_same_gradients(build, oracle, make_case
     again.sum().backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "attention", "mlp"), [("none", 0, 0), ("core_attn", 3, 0), ("full", 3, 3)]
+)
+def test_backward_makes_again_what_was_asked_for(build, make_case, recompute, attention, mlp):
+    from bdtrain.model.transformer import assemble_streams
+
+    case = make_case()
+    model = build(num_layers=3, overrides={"recompute": recompute})
+    seen = []
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.register_forward_hook(lambda *_: seen.append("attention"))
+        layer.mlp.register_forward_hook(lambda *_: seen.append("mlp"))
+    tokens = assemble_streams(case.xt, case.x0)
+    view = model(tokens, case.layout, noisy_copies=1, clean=True, rows=case.masked)
+    loss = view.nll(case.targets[case.masked]).sum()
+    assert (seen.count("attention"), seen.count("mlp")) == (3, 3)
+    loss.backward()
+    assert (seen.count("attention"), seen.count("mlp")) == (3 + attention, 3 + mlp)
+
+
+def test_losses_are_asked_of_the_stage_that_has_a_head(build, make_case):
+    from types import SimpleNamespace
+
+    from bdtrain.model.forward import MicroBatch, forward_losses, forward_stage
+
+    case = make_case()
+    weight = torch.rand(case.masked.shape, dtype=torch.float64)
+    corrupted = SimpleNamespace(
+        noisy=case.xt, clean=case.x0, rows=case.masked, targets=case.targets, weight=weight
+    )
+    batch = MicroBatch(layout=case.layout, corrupted=corrupted)
+    objective = SimpleNamespace(loss=lambda view, targets, weight: view.nll(targets) * weight)
+    model = build()
+    assert forward_losses(model, objective, batch).equal(forward_stage(model, objective, batch))
+    model.post_process = False
+    assert forward_stage(model, objective, batch).shape == (case.seq, case.batch, 32)
+    with pytest.raises(ShapeError, match="use forward_stage"):
+        forward_losses(model, objective, batch)
 
 
 def test_without_rows_the_normed_states_of_the_output_streams_come_back(build, make_case):

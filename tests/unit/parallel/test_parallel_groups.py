@@ -1,35 +1,11 @@
-"""Who a process is, and what the libraries are told."""
+"""What the libraries are told."""
 
 import subprocess
 import sys
 
-import pytest
 import torch
 
-from bdtrain.errors import ConfigError
 from bdtrain.parallel import cpu
-from bdtrain.parallel.groups import Launch, read_launch
-
-
-def test_process_started_by_hand_is_a_world_of_one():
-    assert read_launch({}) == Launch(rank=0, local_rank=0, world_size=1)
-
-
-def test_launcher_is_believed():
-    assert read_launch({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}) == Launch(5, 1, 8)
-
-
-@pytest.mark.parametrize(
-    "found", [{"RANK": "1"}, {"LOCAL_RANK": "0"}, {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}]
-)
-def test_half_an_environment_is_refused(found):
-    with pytest.raises(ConfigError, match=r"torchrun.*or unset"):
-        read_launch(found)
-
-
-def test_environment_that_is_no_number_is_refused():
-    with pytest.raises(ConfigError, match="whole numbers"):
-        read_launch({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
 
 
 def test_shim_is_not_installed_where_cuda_is(monkeypatch):

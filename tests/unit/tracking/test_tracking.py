@@ -1,29 +1,11 @@
-"""Metrics file and console."""
+"""What a run prints, and the list of names."""
 
 import io
-import json
 
 import pytest
 
 from bdtrain.tracking.console import Console, format_count, format_seconds
-from bdtrain.tracking.jsonl import JsonlWriter
-
-
-def test_every_line_is_there_at_once_and_survives_a_new_writer(tmp_path):
-    path = tmp_path / "new" / "metrics.jsonl"
-    with JsonlWriter(path) as writer:
-        writer.write(1, {"train/loss": 2.5})
-        assert json.loads(path.read_text())["train/loss"] == 2.5
-    with JsonlWriter(path) as writer:
-        writer.write(2, {"train/loss": float("nan"), "train/grad_norm": float("inf")})
-    first, second = (json.loads(line) for line in path.read_text().splitlines())
-    assert (first["step"], second["step"]) == (1, 2)
-    assert (second["train/loss"], second["train/grad_norm"]) == ("nan", "inf")
-
-
-def test_unknown_metric_is_refused(tmp_path):
-    with JsonlWriter(tmp_path / "m.jsonl") as writer, pytest.raises(KeyError, match=r"train/los.*names\.py"):
-        writer.write(1, {"train/los": 1.0})
+from bdtrain.tracking.names import EVENTS, LAST_EVENTS, METRICS, is_deterministic
 
 
 @pytest.mark.parametrize(
@@ -47,6 +29,27 @@ def test_progress_says_step_loss_speed_and_time_left():
         step=5, steps=100, loss=3.14159, lr=3e-4, tokens_per_second=12000, seconds_left=62
     )
     assert stream.getvalue() == "step   5/100  loss 3.1416  lr 3.00e-04  12k tokens/s  ETA 1m02s\n"
+
+
+def test_progress_shows_the_utilization_where_it_is_known():
+    stream = io.StringIO()
+    Console(stream=stream).progress(
+        step=5, steps=9, loss=1.0, lr=3e-4, tokens_per_second=12000, seconds_left=62, mfu=0.3817
+    )
+    assert stream.getvalue().endswith("12k tokens/s  MFU 38.2%  ETA 1m02s\n")
+
+
+def test_everything_that_was_learned_must_repeat_after_a_restart_and_no_time_must():
+    for name, metric in METRICS.items():
+        section = name.split("/")[0]
+        assert section in ("train", "val", "perf", "fault", "ckpt")
+        times = metric.unit in ("s", "tokens/s", "TFLOP/s")
+        if section in ("train", "val"):
+            assert metric.deterministic is not times, name
+        if times:
+            assert not metric.deterministic, name
+    assert is_deterministic("fault/skipped_steps") and not is_deterministic("no/such")
+    assert set(EVENTS) > LAST_EVENTS
 
 
 def test_other_ranks_are_silent():

@@ -48,7 +48,7 @@ def test_no_decay_means_no_average():
 
 def test_only_matrices_decay():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    matrices, vectors = parameter_groups(model, weight_decay=0.1)
+    matrices, vectors = parameter_groups(model.named_parameters(), weight_decay=0.1)
     assert [tuple(p.shape) for p in matrices["params"]] == [(4, 3)]
     assert matrices["weight_decay"] == 0.1
     assert all(p.dim() == 1 for p in vectors["params"])

@@ -4,17 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdtrain.data.loader import Batch
+from bdtrain.data.loader import Batch, split_rows
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
 from bdtrain.diffusion.objectives.build import make_objective
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.model.build import build_model
+from bdtrain.model.init import global_parameters
 from bdtrain.parallel.engine import AVERAGE_KEY, Engine, deepspeed_settings
 from bdtrain.parallel.groups import prepare_deepspeed
 from bdtrain.parallel.mpu import MegatronGrid
 from bdtrain.testing import single_process_groups, tiny_model_config
 from bdtrain.train.optim import AveragedAdamW, parameter_groups
-from bdtrain.train.step import split_rows, train_step
+from bdtrain.train.step import train_step
 
 MASK, VOCAB, SEQ, ROWS, CLIP, LR, DECAY, AVERAGE = 4, 29, 16, 6, 0.05, 0.03, 0.1, 0.8
 # Adam divides by the root of the squared gradient: without this, rounding of a tiny one becomes a whole step.
@@ -43,12 +44,12 @@ def make_batch(step):
 def make_engine(groups, *, micro_batch_size, zero_stage):
     model = build_model(tiny_model_config(), pg_collection=groups, mask_id=MASK, seed=3)
     optimizer = AveragedAdamW(
-        parameter_groups(model, weight_decay=DECAY), ema_decay=AVERAGE, lr=LR, eps=EPSILON
+        parameter_groups(global_parameters(model), weight_decay=DECAY), ema_decay=AVERAGE, lr=LR, eps=EPSILON
     )
     settings = deepspeed_settings(
         micro_batch_size=micro_batch_size, data_parallel=1, zero_stage=zero_stage, grad_clip_norm=CLIP
     )
-    return Engine(model, optimizer, settings=settings, grid=MegatronGrid())
+    return Engine(model, optimizer, settings=settings, grid=MegatronGrid(), zero_stage=zero_stage)
 
 
 def make_parts(algo="block_diffusion"):
@@ -68,7 +69,6 @@ def our_steps(groups, objective, *, micro_batch_size, copies, steps, zero_stage=
             global_batch_size=ROWS,
             micro_batch_size=micro_batch_size,
             noise_copies=copies,
-            data_parallel_group=groups.dp,
             device=torch.device("cpu"),
         )
         for step in range(steps)
@@ -195,7 +195,6 @@ def test_step_that_is_not_finite_changes_nothing(groups, zero_stage):
                 global_batch_size=ROWS,
                 micro_batch_size=3,
                 noise_copies=1,
-                data_parallel_group=groups.dp,
                 device=torch.device("cpu"),
             )
         )

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,17 +47,28 @@ def random_documents(count, seed=0, longest=40):
     return [torch.randint(6, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
+@dataclass
+class Rows:
+    """Batches in the place of a validation set."""
+
+    stored: list
+    tokenizer_info = SimpleNamespace(eos_id=EOS)
+
+    def batches(self, batch_size, *, dp_rank=0, dp_size=1):
+        return self.stored
+
+
 def measure(model, batches, *, algo="block_diffusion", block_size=4, seed=0, replicates=2, token_bytes=None):
     plan = None if algo == "ar" else evaluation_plan(block_size)
     objective = make_objective(algo, plan=plan, mask_id=MASK, vocab_size=VOCAB, seq_len=SEQ)
     return evaluate_likelihood(
         model,
         objective,
-        batches,
+        Rows(batches),
+        batch_size=3,
         seed=seed,
         replicates=replicates,
         device=torch.device("cpu"),
-        eos_id=EOS,
         token_bytes=token_bytes,
         exact=algo == "ar" or block_size == 1,
     )

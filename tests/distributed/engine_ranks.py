@@ -1,0 +1,415 @@
+"""What ranks compute for the engine's tests: the same few steps under some layout, and by plain torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+BOS, EOS, PAD, MASK, FIRST, VOCAB = 1, 2, 0, 4, 6, 29
+SEQ, BLOCK, ROWS, MICRO, SEED = 16, 4, 8, 2, 11
+LR, BETAS, EPSILON, DECAY, CLIP, EMA_DECAY = 3e-4, (0.9, 0.95), 1e-6, 0.1, 0.5, 0.3
+RULES = [
+    {"match": r"layers\.1\.", "lr_scale": 0.5},
+    {"match": "embedding", "lr_scale": 2.0, "weight_decay": 0.0},
+    {"match": "layernorm", "weight_decay": 0.3},
+]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and what is trained under it."""
+
+    tp: int = 1
+    pp: int = 1
+    sp: bool = False
+    zero: int = 1
+    shape: str = "qwen3"
+    copies: int = 1
+    rows: int = ROWS
+    micro: int = MICRO
+    precision: str = "fp32"
+    recompute: str = "none"
+    rules: bool = False
+    lr: float = LR
+    clip: float | None = CLIP
+    ema: float = EMA_DECAY
+
+    @property
+    def layout(self) -> str:
+        """Its name."""
+        axes = [f"{axis}2" for axis in ("tp", "pp") if getattr(self, axis) > 1] or ["dp2"]
+        return " ".join([*axes, *(["sp"] if self.sp else []), f"zero{self.zero}"])
+
+    @property
+    def data(self) -> tuple[Any, ...]:
+        """What decides the result: all but the layout."""
+        return self.shape, self.copies, self.rows, self.rules
+
+
+class RaggedRows:
+    """Short documents, some that begin with BOS, and rows that end in padding; a ``Source``."""
+
+    def __init__(self) -> None:
+        from bdtrain.data.tokenizer import TokenizerInfo
+
+        self.seq_len, self.num_samples, self.fingerprint = SEQ, 21, {}
+        self.tokenizer_info = TokenizerInfo(VOCAB, "0" * 64)
+        self.byte_lengths = np.ones(VOCAB, dtype=np.int64)
+
+    def sample(self, position: int) -> np.ndarray:
+        generator = np.random.default_rng(position)
+        tokens = generator.integers(FIRST, VOCAB, SEQ)
+        tokens[generator.random(SEQ) < 0.1] = EOS
+        if generator.random() < 0.3:
+            tokens[0] = BOS
+        if generator.random() < 0.3:
+            tokens[-int(generator.integers(1, 7)) :] = PAD
+        return tokens
+
+    def row(self, number: int) -> np.ndarray:
+        return self.sample(10**6 + number)
+
+
+def start() -> Any:
+    """Join the world.
+
+    Returns:
+        Process groups of this rank by itself, for the serial twin.
+    """
+    from bdtrain.parallel.cpu import install_cpu_shim
+    from bdtrain.parallel.groups import init_process_group, prepare_deepspeed, read_launch
+    from bdtrain.parallel.libraries import prepare_libraries
+
+    prepare_libraries()
+    torch.set_num_threads(1)
+    install_cpu_shim()
+    prepare_deepspeed()
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    init_process_group(read_launch(os.environ))
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    alone = ProcessGroupCollection()
+    for name in ("tp", "pp", "cp", "dp", "dp_cp", "embd", "pos_embd", "mp", "tp_cp"):
+        setattr(alone, name, groups[dist.get_rank()])
+    return alone
+
+
+def make_grid(case: Case) -> Any:
+    """Megatron's grid anew. DeepSpeed asks it each time an engine is made."""
+    from megatron.core import parallel_state
+
+    from bdtrain.parallel.groups import init_groups
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    return init_groups(tp=case.tp, pp=case.pp)
+
+
+def make_config(case: Case, **sections: Any) -> Any:
+    from bdtrain.config import RunConfig
+    from bdtrain.testing import tiny_model_config
+
+    return RunConfig.model_validate(
+        {
+            "run": {"seed": SEED},
+            "model": tiny_model_config(case.shape),
+            "data": {"kind": "synthetic", "seq_len": SEQ, "synthetic_vocab_size": VOCAB},
+            "diffusion": {"algo": "block_diffusion", "block_size": BLOCK, "noise_copies": case.copies},
+            "optim": {
+                "lr": case.lr,
+                "betas": BETAS,
+                "epsilon": EPSILON,
+                "weight_decay": DECAY,
+                "grad_clip_norm": case.clip,
+                "ema_decay": case.ema,
+                "groups": RULES if case.rules else [],
+            },
+            "train": {
+                "steps": 1,
+                "global_batch_size": case.rows,
+                "micro_batch_size": case.micro,
+                "precision": case.precision,
+                "recompute": case.recompute,
+            },
+            "parallel": {
+                "tp": case.tp,
+                "pp": case.pp,
+                "sequence_parallel": case.sp,
+                "zero_stage": case.zero,
+            },
+            **sections,
+        }
+    )
+
+
+def make_model(case: Case, groups: Any) -> Any:
+    from bdtrain.model.build import build_model
+    from bdtrain.train.setup import DTYPES
+
+    return build_model(
+        make_config(case).model,
+        pg_collection=groups,
+        mask_id=MASK,
+        seed=SEED,
+        dtype=DTYPES[case.precision],
+        recompute=case.recompute,
+        sequence_parallel=case.sp,
+    )
+
+
+class Recorder:
+    """An objective that keeps what each row was given, as sha256 by (step, position in the data)."""
+
+    def __init__(self, objective: Any) -> None:
+        self._objective = objective
+        self.digests: dict[str, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
+
+    def corrupt(self, x0: Tensor, layout: Any, counted: Tensor, **how: Any) -> Any:
+        corrupted = self._objective.corrupt(x0, layout, counted, **how)
+        for number, sample in enumerate(how["sample_index"].tolist()):
+            values = [x0, layout.block_start, layout.doc_start, corrupted.counted]
+            values += [corrupted.noisy, corrupted.weight, corrupted.rows, corrupted.targets]
+            content = b"".join(value[number].contiguous().numpy().tobytes() for value in values)
+            self.digests[f"{how['key'].step}/{sample}"] = hashlib.sha256(content).hexdigest()
+        return corrupted
+
+
+def make_objective(case: Case) -> Any:
+    from bdtrain.validation.evaluate import build_objective, training_plan
+
+    config = make_config(case)
+    return build_objective(config, RaggedRows().tokenizer_info, training_plan(config))
+
+
+@dataclass
+class Run:
+    """What the steps of a layout gave.
+
+    Attributes:
+        engine: after the last step.
+        objective: with the digests of the noise.
+        results: of the steps.
+        gradients: of the first step, before clipping: this rank's stretch by global name.
+    """
+
+    engine: Any
+    objective: Recorder
+    results: list[Any] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def begin(case: Case, groups: Any) -> Run:
+    from bdtrain.config.layout import resolve_layout
+    from bdtrain.train.setup import build_engine
+
+    config = make_config(case)
+    layout = resolve_layout(config, dist.get_world_size())
+    return Run(build_engine(config, layout, make_model(case, groups)), Recorder(make_objective(case)))
+
+
+@contextmanager
+def training(case: Case, groups: Any, steps: int, source: Any = None) -> Iterator[Run]:
+    """Some steps by the real step function on the real loader's rows; the engine is closed afterwards."""
+    run = begin(case, groups)
+    keep_gradients(run)
+    try:
+        for step in range(steps):
+            take_step(run, case, groups, step, source=source)
+        yield run
+    finally:
+        run.engine.close()
+
+
+def keep_gradients(run: Run) -> None:
+    """Copy the reduced gradients of the first step on their way to the update."""
+    update = run.engine.step
+
+    def step(*, lr: float) -> Any:
+        if not run.gradients:
+            gradients = run.engine.reduced_gradients()
+            run.gradients = {name: value.detach().clone() for name, value in gradients.items()}
+        return update(lr=lr)
+
+    run.engine.step = step
+
+
+def take_step(
+    run: Run, case: Case, groups: Any, step: int, *, spoil: bool = False, seed: int = SEED, source: Any = None
+) -> Any:
+    from bdtrain.data.loader import Loader
+    from bdtrain.train.step import train_step
+
+    with Loader(
+        source or RaggedRows(),
+        global_batch_size=case.rows,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        prefetch_batches=0,
+    ) as loader:
+        batch = loader.batch(step * case.rows)
+    result = train_step(
+        run.engine,
+        run.objective,
+        batch,
+        seed=seed,
+        step=step,
+        lr=case.lr,
+        global_batch_size=case.rows,
+        micro_batch_size=case.micro,
+        noise_copies=case.copies,
+        device=CPU,
+        spoil=spoil,
+    )
+    run.results.append(result)
+    return result
+
+
+@dataclass
+class Plain:
+    """What plain torch gave: losses and norms by step, the rest by name; digests as in ``Recorder``."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    state: dict[str, dict[str, Tensor]]  # kind -> name -> tensor
+    digests: dict[str, str]
+
+
+def plain_training(case: Case, alone: Any, steps: int) -> Plain:
+    """One process, the whole batch at once, dense logits: no schedule, no DeepSpeed, no loader."""
+    model = make_model(case, alone)
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], **plain_group(case, name, p)} for name, p in named.items()],
+        lr=case.lr,
+        betas=BETAS,
+        eps=EPSILON,
+    )
+    objective = Recorder(make_objective(case))
+    average = {name: p.detach().clone() for name, p in named.items()}
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        loss = plain_loss(model, objective, case, step)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        gradients = gradients or {name: p.grad.clone() for name, p in named.items()}
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip).item())
+        optimizer.step()
+        taken = step + 1
+        keep = min(case.ema, (1 + taken) / (10 + taken))
+        for name, p in named.items():
+            average[name] = keep * average[name] + (1 - keep) * p.detach()
+    state = {"master": {name: p.detach() for name, p in named.items()}, "ema": average}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        state[kind] = {name: optimizer.state[p][kind] for name, p in named.items()}
+    return Plain(losses, norms, gradients, state, objective.digests)
+
+
+def plain_group(case: Case, name: str, parameter: Tensor) -> dict[str, float]:
+    """Learning rate and weight decay of a parameter: RULES in other words."""
+    decay = DECAY if parameter.dim() > 1 else 0.0
+    if not case.rules:
+        return {"lr": case.lr, "weight_decay": decay}
+    if name.startswith("decoder.layers.1."):
+        return {"lr": 0.5 * case.lr, "weight_decay": decay}
+    if name.startswith("embedding."):
+        return {"lr": 2 * case.lr, "weight_decay": 0.0}
+    return {"lr": case.lr, "weight_decay": 0.3 if "layernorm" in name else decay}
+
+
+def plain_loss(model: Any, objective: Any, case: Case, step: int) -> Tensor:
+    """Weighted nats per counted token and copy, over the whole global batch."""
+    from bdtrain.data.loader import make_batch
+    from bdtrain.diffusion.keyed import NoiseKey, Purpose
+
+    source = RaggedRows()
+    positions = [step * case.rows + row for row in range(case.rows)]
+    rows = [source.sample(position) for position in positions]
+    batch = make_batch(rows, source.tokenizer_info, positions, range(case.rows))
+    layout = objective.layout(batch.documents)
+    corrupted = objective.corrupt(
+        batch.tokens,
+        layout,
+        batch.counted,
+        key=NoiseKey(SEED, Purpose.TRAIN, step),
+        sample_index=batch.sample_index,
+        batch_index=batch.batch_index,
+        global_batch=case.rows,
+        copies=case.copies,
+    )
+    losses = dense_losses(model, layout, corrupted)
+    return losses.sum() / (corrupted.counted.sum() * case.copies)
+
+
+def dense_losses(model: Any, layout: Any, corrupted: Any) -> Tensor:
+    """Weighted nats of every position of every copy, [batch, copies, seq], from the logits of all of them."""
+    copies = corrupted.noisy.shape[1]
+    streams = torch.cat([corrupted.noisy.flatten(1), corrupted.clean], dim=1)
+    everything = torch.ones_like(corrupted.rows)
+    logits = model(streams, layout, noisy_copies=copies, clean=True, rows=everything).logits()[:, :VOCAB]
+    logits = logits.float().index_fill(1, torch.tensor([MASK]), float("-inf"))
+    targets = torch.where(corrupted.rows, corrupted.targets, FIRST).flatten()
+    nll = F.cross_entropy(logits, targets, reduction="none").view(corrupted.rows.shape)
+    return nll * corrupted.weight * corrupted.rows
+
+
+def stretch(full: Tensor, fragment: Any) -> Tensor:
+    """The elements of a serial tensor that a fragment stands for, flat."""
+    dim, size, stride = fragment.partition_dim, fragment.tp_size, fragment.partition_stride
+    local = full
+    if dim is not None:
+        # The cut dimension counts (matrix of the stack, rank, position): keep this rank's positions.
+        shape = full.shape
+        view = full.reshape(*shape[:dim], stride, size, -1, *shape[dim + 1 :])
+        local = view.select(dim + 1, fragment.tp_rank)
+    return local.reshape(-1)[fragment.start : fragment.start + fragment.count]
+
+
+def squares(value: Tensor, wanted: Tensor) -> list[float]:
+    """Squared norms of the difference and of what was wanted; sums of them over ranks make an error."""
+    value, wanted = value.double(), wanted.double()
+    return [(value - wanted).square().sum().item(), wanted.square().sum().item()]
+
+
+def compare(run: Run, plain: Plain) -> dict[str, Any]:
+    """This rank's part of the comparison, for ``relative_errors`` of the tests."""
+    fragments = run.engine.fragments()
+    errors = {
+        f"gradient {f.name}": squares(run.gradients[f.name][: f.count], stretch(plain.gradients[f.name], f))
+        for f in fragments
+    }
+    for f in fragments:
+        for kind, values in plain.state.items():
+            errors[f"{kind} {f.name}"] = squares(f.tensors[kind], stretch(values[f.name], f))
+    return {
+        "errors": errors,
+        "losses": [result.loss for result in run.results],
+        "norms": [result.grad_norm for result in run.results],
+        "plain_losses": plain.losses[: len(run.results)],
+        "plain_norms": plain.norms[: len(run.results)],
+        "digests": sorted(run.objective.digests),
+        "same_digests": all(plain.digests[key] == value for key, value in run.objective.digests.items()),
+        "all_digests": len(plain.digests),
+        "owned": [[f.name, f.tp_rank, f.start, f.count] for f in fragments],
+        "sizes": {name: value.numel() for name, value in plain.gradients.items()},
+        "cut": sorted(f.name for f in fragments if f.partition_dim is not None),
+    }
+
+
+def cases_from(listed: Sequence[dict[str, Any]]) -> list[Case]:
+    return [Case(**one) for one in listed]
