@@ -4,15 +4,18 @@
 #   TORCH=cpu|cuda|installed          which torch; default: cuda where nvidia-smi is, else cpu; kept once chosen
 #   TORCH_INDEX_URL=URL               an index that offers torch's CPU builds, where pip's settings know none
 #   INPUT=path                        text for make quickstart: a file or a folder
+#   RANKS=2                           processes that train together in make quickstart
 #   ARGS="-k name -x"                 more arguments for pytest
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check fmt fmt-check lint types test-unit test-kernels test-e2e bench clean \
+.PHONY: help quickstart test check fmt fmt-check lint types test-unit test-kernels test-dist \
+	test-reliability test-e2e bench clean \
 	env-run env-dev
 
 TORCH ?= auto
 INPUT ?=
+RANKS ?= 1
 ARGS ?=
 PY := .venv/bin/python
 
@@ -43,8 +46,8 @@ env-run:
 env-dev:
 	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)" --extras dev
 
-quickstart: env-run ## from text to a trained, evaluated model in minutes (INPUT=path for your own text)
-	$(PY) tools/quickstart.py $(if $(INPUT),--input "$(INPUT)")
+quickstart: env-run ## from text to a trained, evaluated model in minutes (INPUT=path for your own text, RANKS=2)
+	$(PY) tools/quickstart.py --ranks $(RANKS) $(if $(INPUT),--input "$(INPUT)")
 
 # One pytest for all folders that exist, so that one summary counts everything.
 TEST_FOLDERS = $(wildcard tests/unit tests/kernels tests/distributed tests/e2e tests/reliability)
@@ -74,6 +77,12 @@ test-unit: env-dev ## tests without processes
 
 test-kernels: env-dev ## kernels against their reference
 	$(PY) -m pytest tests/kernels $(ARGS)
+
+test-dist: env-dev ## real ranks against one process
+	$(PY) -m pytest tests/distributed $(ARGS)
+
+test-reliability: env-dev ## kills, signals, damaged files (ARGS="-m soak" for the long ones)
+	$(PY) -m pytest tests/reliability $(ARGS)
 
 test-e2e: env-dev ## the launchers on tiny configs
 	$(PY) -m pytest tests/e2e $(ARGS)

@@ -43,6 +43,9 @@ def main() -> int:
         "--config", default="configs/run/quickstart.yaml", help="the run (default: %(default)s)"
     )
     parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that train together (default: %(default)s)"
+    )
+    parser.add_argument(
         "overrides", nargs="*", help="key=value settings for the run, for example train.steps=50"
     )
     options = parser.parse_args()
@@ -79,7 +82,7 @@ def main() -> int:
         )
         run_step(
             "3/4 training",
-            f"deepspeed --num_gpus 1 launchers/pretrain.py --config {shlex.quote(options.config)} {settings}",
+            f"deepspeed --num_gpus {options.ranks} launchers/pretrain.py --config {shlex.quote(options.config)} {settings}",
         )
         run_step(
             "4/4 evaluation of the saved weights, beside the baselines",

@@ -115,14 +115,14 @@ def start_attempt(
     if found.newest is not None:
         saved = TrainingState.open(found.newest)
         progress, facts = restore(saved, config, parts, communicator)
-        goodput = Goodput(saved.state["goodput"], spans=attempt_spans(folder.path / METRICS))
+        goodput.add_earlier(saved.state["goodput"], spans=attempt_spans(folder.path / METRICS))
         console.line(
             f"attempt {folder.attempt} continues at step {progress.step} from {found.newest.name}"
             + "".join(f"\n  {key}: {before} -> {now}" for key, before, now in facts.get("changed", []))
         )
     elif folder.known is not None:
         console.line(f"attempt {folder.attempt} begins anew: the run has no whole checkpoint")
-        goodput = Goodput(spans=attempt_spans(folder.path / METRICS))
+        goodput.add_earlier(spans=attempt_spans(folder.path / METRICS))
     metrics = shipper = None
     if communicator.rank == 0:
         identity = {
@@ -133,6 +133,8 @@ def start_attempt(
         folder.checkpoints.mkdir(exist_ok=True)
         clean_leftovers(folder.checkpoints)
         metrics = stack.enter_context(MetricsLog(folder.path / METRICS, folder.attempt))
+        if metrics.cut_bytes:
+            console.line(f"{METRICS}: {metrics.cut_bytes} bytes of a line that a crash tore were cut")
         metrics.event("start", progress.step, **environment_facts(), world_size=layout.world_size, **facts)
         for path, reason in found.rejected:
             metrics.event("rejected_checkpoint", progress.step, folder=path.name, reason=reason)

@@ -273,7 +273,10 @@ class Trainer:
     def write(self, values: dict[str, float]) -> None:
         """Metrics of this step, to the file and on their way to MLflow."""
         if self.metrics is not None:
+            trouble = self.metrics.problem
             self.metrics.write(self.progress.step, values)
+            if self.metrics.problem is not None and trouble is None:
+                self.console.line(f"metrics file: {self.metrics.problem}")
         news = None if self.shipper is None else self.shipper.poll()
         if news is not None:
             self.console.line(news)

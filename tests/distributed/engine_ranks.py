@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -222,13 +222,15 @@ def begin(case: Case, groups: Any) -> Run:
 
 
 @contextmanager
-def training(case: Case, groups: Any, steps: int, source: Any = None) -> Iterator[Run]:
+def training(
+    case: Case, groups: Any, steps: int, *, source: Any = None, seed: int = SEED
+) -> Iterator[Run]:
     """Some steps by the real step function on the real loader's rows; the engine is closed afterwards."""
     run = begin(case, groups)
     keep_gradients(run)
     try:
         for step in range(steps):
-            take_step(run, case, groups, step, source=source)
+            take_step(run, case, groups, step, source=source, seed=seed)
         yield run
     finally:
         run.engine.close()
@@ -291,7 +293,7 @@ class Plain:
 
 def plain_training(case: Case, alone: Any, steps: int) -> Plain:
     """One process, the whole batch at once, dense logits: no schedule, no DeepSpeed, no loader."""
-    model = make_model(case, alone)
+    model = make_model(replace(case, tp=1, pp=1, sp=False, recompute="none"), alone)
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [{"params": [p], **plain_group(case, name, p)} for name, p in named.items()],
@@ -378,6 +380,41 @@ def stretch(full: Tensor, fragment: Any) -> Tensor:
         view = full.reshape(*shape[:dim], stride, size, -1, *shape[dim + 1 :])
         local = view.select(dim + 1, fragment.tp_rank)
     return local.reshape(-1)[fragment.start : fragment.start + fragment.count]
+
+
+def assemble(run: Run, kind: str = "master") -> dict[str, Tensor]:
+    """The serial tensors of all ranks' fragments, on every rank."""
+    mine = [(f.name, f.full_shape, stretch(_places(f), f), f.tensors[kind].clone()) for f in run.engine.fragments()]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    state: dict[str, Tensor] = {}
+    for name, shape, places, values in [one for part in gathered for one in part]:
+        state.setdefault(name, torch.full(shape, float("nan"))).view(-1)[places] = values
+    return state
+
+
+def _places(fragment: Any) -> Tensor:
+    shape = torch.Size(fragment.full_shape)
+    return torch.arange(shape.numel()).view(shape)
+
+
+def snapshot(run: Run) -> dict[str, Tensor]:
+    """Copies of all that a step changes on this rank."""
+    kept = {
+        f"{kind} {f.name}": value.clone()
+        for f in run.engine.fragments()
+        for kind, value in f.tensors.items()
+    }
+    for name, parameter in run.engine.module.named_parameters():
+        # Stage 3 leaves a parameter its own part.
+        kept[f"weight {name}"] = getattr(parameter, "ds_tensor", parameter).detach().clone()
+    for number, state in enumerate(run.engine._client_optimizer.state.values()):
+        kept[f"adam step {number}"] = state["step"].clone()
+    return kept
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def squares(value: Tensor, wanted: Tensor) -> list[float]:

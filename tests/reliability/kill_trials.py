@@ -5,6 +5,8 @@ between the test and the process it kills. ``kill -9`` is the only way out here;
 elsewhere.
 """
 
+from __future__ import annotations
+
 import os
 import random
 import signal
@@ -14,6 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from nursery import RECORD, Nursery, NurseryRank
 
 from bdtrain.testing.ranks import rank_environment
 from bdtrain.tracking.jsonl import attempt_spans, deterministic_fields, read_metrics
@@ -28,16 +32,15 @@ POLL_S = 0.005
 class Job:
     """A run.
 
-    Every step is reported: a mean over several steps, some of them before a kill, is another number than the
-    uninterrupted run's although nothing went wrong.
-
     Attributes:
         folder: of the run.
         scratch: where logs and meeting files go; not inside ``folder``.
         world_size: ranks.
-        overrides: ``key.path=value`` besides folder and reporting.
+        overrides: ``key.path=value`` besides the folder; MLflow is off, every step is reported.
         config: YAML file.
         environment: variables for all ranks.
+        nursery: forks the ranks; None starts each with its own imports.
+        record: write a digest of every row that a rank trains on into ``rank-N.rows`` beside its log.
     """
 
     folder: Path
@@ -46,11 +49,13 @@ class Job:
     overrides: tuple[str, ...] = ()
     config: Path = TINY
     environment: Mapping[str, str] = field(default_factory=dict)
+    nursery: Nursery | None = None
+    record: bool = False
 
     def command(self) -> list[str]:
-        """What each rank runs."""
-        own = (f"run.folder={self.folder}", "train.log_every_steps=1")
-        return [sys.executable, "launchers/pretrain.py", "--config", str(self.config), *own, *self.overrides]
+        """What each rank runs, after the interpreter."""
+        own = (f"run.folder={self.folder}", "train.log_every_steps=1", "tracking.mlflow=false")
+        return ["launchers/pretrain.py", "--config", str(self.config), *own, *self.overrides]
 
 
 class Attempt:
@@ -63,21 +68,29 @@ class Attempt:
         self.logs = job.scratch / f"attempt-{self.number}"
         self.logs.mkdir()
         self.started = time.monotonic()
-        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.ranks: list[subprocess.Popen[bytes] | NurseryRank] = []
         for rank in range(job.world_size):
-            environment = rank_environment(rank, job.world_size, self.logs / "meeting")
-            with (self.logs / f"rank-{rank}.log").open("wb") as log:
-                self.ranks.append(
-                    subprocess.Popen(
-                        job.command(),
-                        cwd=ROOT,
-                        env={**environment, **job.environment},
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+            environment = {
+                **rank_environment(rank, job.world_size, self.logs / "meeting"),
+                **({RECORD: str(self.logs / f"rank-{rank}.rows")} if job.record else {}),
+                **job.environment,
+            }
+            self.ranks.append(self._start(environment, self.logs / f"rank-{rank}.log"))
+
+    def _start(self, environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes] | NurseryRank:
+        if self.job.nursery is not None:
+            return self.job.nursery.start(self.job.command(), environment=environment, log=log)
+        assert not self.job.record, "only ranks of a nursery record their rows"
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, *self.job.command()],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def __enter__(self) -> "Attempt":
         return self

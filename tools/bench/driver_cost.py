@@ -59,7 +59,7 @@ class Shape:
     vocabulary: int = 8192
     seq: int = 256
     block: int = 16
-    rows: int = 3
+    rows: int = 2
     micro_batches: int = 2
     zero_stage: int = 1
 
