@@ -14,8 +14,8 @@ many micro-batches stage 1 is the faster one, and with tp and pp its gradients a
 overlaps with the backward pass: stage 1 reduces after it, stages 2 and 3 in its hooks, on the same stream.
 
 Both stages 1 and 2 are DeepSpeed's stage 2 optimizer, under ``coalesce_grad_reduction`` or not. DeepSpeed's
-own stage 1 turns into another class for bf16 weights, which holds a bf16 gradient beside the float32 one and
-reduces all of both; here PyTorch itself adds bf16 gradients into a float32 ``.grad`` (``grad_dtype``).
+own stage 1 turns into another class for bf16 weights, which keeps a bf16 gradient beside the float32 one and
+refuses to coalesce; here PyTorch itself adds bf16 gradients into a float32 ``.grad`` (``grad_dtype``).
 """
 
 from __future__ import annotations

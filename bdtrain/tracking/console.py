@@ -40,8 +40,13 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Print one line."""
-        if self._enabled:
+        if not self._enabled:
+            return
+        try:
             print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            # Whoever read along has left (`| head`, a closed terminal): no reason to end a run.
+            self._enabled = False
 
     def progress(
         self,

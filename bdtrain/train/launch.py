@@ -243,6 +243,7 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
         write_summary(folder / SUMMARY, result)
     leave("finished", "end", resumable=False, exit_code=0)
     ship(trainer.config.tracking.drain_timeout_s)
+    console.line(f"time: {where_time_went(result.goodput)}")
     done = result.steps - step
     console.line(
         f"done: {format_count(result.tokens)} tokens in {format_seconds(result.train_seconds)} of training "
@@ -252,6 +253,21 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
         + (f"; weights in {result.checkpoint}" if result.checkpoint else "")
     )
     return result
+
+
+def where_time_went(goodput: Mapping[str, float]) -> str:
+    """Seconds by activity in words, largest first; what took less than a second is left out."""
+    names = {
+        "training_seconds": "training",
+        "setup_seconds": "set-up",
+        "validation_seconds": "validation",
+        "data_wait_seconds": "waiting for data",
+        "checkpoint_seconds": "checkpoints",
+        "lost_seconds": "lost to faults and skipped steps",
+        "down_seconds": "down between attempts",
+    }
+    spent = sorted(((goodput[key], name) for key, name in names.items()), reverse=True)
+    return ", ".join(f"{name} {format_seconds(seconds)}" for seconds, name in spent if seconds >= 1)
 
 
 def environment_facts() -> dict[str, Any]:

@@ -17,9 +17,9 @@ from typing import Any
 
 EXIT = "EXIT.json"
 LAUNCHER_GONE = "launcher gone"
-REASONS = ("finished", "SIGTERM", "SIGUSR1", "SIGINT", LAUNCHER_GONE, "nonfinite", "error")
+REASONS = ("finished", "SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", LAUNCHER_GONE, "nonfinite", "error")
 
-_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_PRESS_S = 1.0
 _LEVELS = 4
 _PROGRAMS = ("deepspeed", "deepspeed.pt", "ds", "torchrun")
@@ -29,8 +29,8 @@ _MODULES = ("deepspeed.launcher", "torch.distributed.run", "torch.distributed.la
 class StopRequest:
     """Notices that this process should save and leave; the loop asks ``pending`` at each step.
 
-    SIGTERM and SIGUSR1 set a flag and nothing else, however often they come: a save is never interrupted by
-    them. The first SIGINT does the same; a later one raises KeyboardInterrupt as usual.
+    SIGTERM, SIGUSR1 and SIGHUP set a flag and nothing else, however often they come: a save is never
+    interrupted by them. The first SIGINT does the same; a later one raises KeyboardInterrupt as usual.
 
     A thread watches the launchers above this process. SIGTERM to the ``deepspeed`` command ends that command
     only: its child and the ranks go on without anybody who could stop them.
@@ -71,6 +71,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         """Install the handlers and start to watch. Main thread only, as Python has it."""
         for asking in _ASKING:
+            if signal.getsignal(asking) is signal.SIG_IGN:
+                continue  # nohup, or a parent that knows why
             self._old[asking] = signal.signal(asking, self._handle)
         if self.launchers:
             self._thread = threading.Thread(target=self._watch, name="launcher-watch", daemon=True)

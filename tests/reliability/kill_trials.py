@@ -7,8 +7,10 @@ elsewhere.
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from nursery import RECORD, Nursery, NurseryRank
 
+from bdtrain.checkpoint.folders import step_name
 from bdtrain.testing.ranks import rank_environment
 from bdtrain.tracking.jsonl import attempt_spans, deterministic_fields, read_metrics
 
@@ -203,13 +206,14 @@ def kill_by_fault(job: Job, fault: str, *, limit_s: float = 180.0) -> None:
 
     Args:
         job: the run.
-        fault: ``rank:step:phase:kill``; rank ``*`` for all.
+        fault: ``rank:step:phase:kill``; rank ``*`` for all. Added to those of the job.
         limit_s: time for it, seconds.
 
     Raises:
         AssertionError: if no rank died of it.
     """
-    faulty = replace(job, environment={**job.environment, "BDTRAIN_FAULT": fault})
+    asked = ";".join(filter(None, (job.environment.get("BDTRAIN_FAULT"), fault)))
+    faulty = replace(job, environment={**job.environment, "BDTRAIN_FAULT": asked})
     with Attempt(faulty) as attempt:
         while -signal.SIGKILL not in (codes := attempt.codes()):
             assert None in codes, f"{fault} did not happen; exit codes {codes}\n{attempt.output()}"
@@ -265,6 +269,30 @@ def differences(folder: Path, reference: Path, *, limit: int = 10) -> list[str]:
             if mine.get(name) != other.get(name):
                 found.append(f"step {step} {name}: {mine.get(name)} instead of {other.get(name)}")
     return found[:limit]
+
+
+def recorded_rows(logs: Path) -> dict[tuple[int, int], tuple[str, str]]:
+    """What an attempt trained on: (batches before, position of the row) -> digests of data and noise.
+
+    Args:
+        logs: ``Attempt.logs`` of a job that records.
+
+    Raises:
+        AssertionError: if two ranks saw another row, or other noise, at the same place.
+    """
+    rows: dict[tuple[int, int], tuple[str, str]] = {}
+    for path in sorted(logs.glob("rank-*.rows")):
+        for line in path.read_text().splitlines():
+            step, position, data, noise = json.loads(line)
+            found = rows.setdefault((step, position), (data, noise))
+            assert found == (data, noise), f"{path.name}: step {step}, row {position} differs between ranks"
+    return rows
+
+
+def keep_one_checkpoint(source: Path, target: Path, step: int) -> None:
+    """Copy a run as if it had been killed after the save of this step, later lines and all."""
+    later = [path.name for path in (source / "checkpoints").iterdir() if path.name != step_name(step)]
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*later, "EXIT.json", "checkpoint"))
 
 
 def starts(folder: Path) -> list[int]:

@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = "BDTRAIN_TEST_RECORD"
 """Environment variable of a rank: where it writes a digest of every row that it trained on."""
 
+SAVE_TO = "BDTRAIN_TEST_SAVE_TO"
+"""Environment variable of a rank: folder for training checkpoints in place of the run's own."""
+
 
 class Nursery:
     """The process, from the side of the test; ``with`` it."""
@@ -167,6 +170,8 @@ def be_rank(launchers: Mapping[str, Any], *, command: list[str], environment: di
         sys.argv = command
         if RECORD in environment:
             record_rows(Path(environment[RECORD]))
+        if SAVE_TO in environment:
+            save_elsewhere(Path(environment[SAVE_TO]))
         code = launchers[command[0]].main(command[1:])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -197,6 +202,18 @@ def record_rows(path: Path) -> None:
         return micro_batch
 
     step.corrupt_rows = recorded
+
+
+def save_elsewhere(root: Path) -> None:
+    """Save into another folder: beside the checkpoint that was loaded nothing would be written again."""
+    import bdtrain.train.loop as loop
+
+    save_training_state = loop.save_training_state
+
+    def saved(_: Path, **settings: Any) -> Any:
+        return save_training_state(root, **settings)
+
+    loop.save_training_state = saved
 
 
 def digest(*tensors: Any) -> str:

@@ -129,6 +129,8 @@ def build(size: dict[str, int], *, universal: bool = False) -> Bench:
     with mock.patch.object(setup, "deepspeed_settings", lambda **given: {**original(**given), **extra}):
         engine = setup.build_engine(config, resolve_layout(config, launch.world_size), model)
     bench = Bench(engine, engine.fragments(), TorchCommunicator(), universal)
+    # DeepSpeed links the state to the parameters at the first step; its gathering functions need it.
+    engine._engine.optimizer._lazy_init_hp_params_optimizer_state()
     bench.fill()
     return bench
 
@@ -202,33 +204,29 @@ class Ours(Format):
         TrainingState.open(found).load_into(bench.fragments, bench.communicator)
 
 
-class _Stretch:
-    """A flat range of a parameter as torch.distributed.checkpoint wants it described."""
+def _stretch(fragment: Any, kind: str) -> Any:
+    """A view that tells torch.distributed.checkpoint which flat range of a parameter it is."""
+    import math
 
-    def __init__(self, fragment: Any, kind: str) -> None:
-        import math
+    import torch
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-        import torch
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties
-
-        self.tensor = fragment.tensors[kind]
-        self.size = torch.Size([math.prod(fragment.full_shape)])
-        self.chunk = ChunkStorageMetadata(torch.Size([fragment.start]), torch.Size([fragment.count]))
-        self.properties = TensorProperties.create_from_tensor(self.tensor)
-
-    def __create_write_items__(self, fqn: str, value: object) -> list[Any]:
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-
-        data = TensorWriteData(chunk=self.chunk, properties=self.properties, size=self.size)
-        index = MetadataIndex(fqn, self.chunk.offsets)
-        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
-
-    def __create_chunk_list__(self) -> list[Any]:
-        return [self.chunk]
-
-    def __get_tensor_shard__(self, index: Any) -> Any:
-        return self.tensor
+    view = fragment.tensors[kind].detach()
+    chunk = ChunkStorageMetadata(torch.Size([fragment.start]), torch.Size([fragment.count]))
+    data = TensorWriteData(
+        chunk=chunk,
+        properties=TensorProperties.create_from_tensor(view),
+        size=torch.Size([math.prod(fragment.full_shape)]),
+    )
+    # The library asks for these by name, of an instance of Tensor, and compares the whole size.
+    view.size = lambda: data.size
+    view.__create_write_items__ = lambda fqn, value: [
+        WriteItem(index=MetadataIndex(fqn, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)
+    ]
+    view.__create_chunk_list__ = lambda: [chunk]
+    view.__get_tensor_shard__ = lambda index: fragment.tensors[kind].detach()
+    return view
 
 
 class TorchDcp(Format):
@@ -236,7 +234,7 @@ class TorchDcp(Format):
 
     @staticmethod
     def _state(bench: Bench) -> dict[str, Any]:
-        return {f"{kind}/{f.name}": _Stretch(f, kind) for f in bench.fragments for kind in KINDS}
+        return {f"{kind}/{f.name}": _stretch(f, kind) for f in bench.fragments for kind in KINDS}
 
     def save(self, bench: Bench, folder: Path) -> None:
         import torch.distributed.checkpoint as dcp

@@ -56,3 +56,13 @@ def test_other_ranks_are_silent():
     stream = io.StringIO()
     Console(enabled=False, stream=stream).line("hello")
     assert stream.getvalue() == ""
+
+
+def test_reader_of_the_console_may_leave():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    console = Console(stream=Gone())
+    console.line("first")
+    console.line("second")
