@@ -93,6 +93,9 @@ def begin_attempt(folder: RunFolder, config: RunConfig, facts: dict[str, Any]) -
         folder: from ``claim_run_folder``.
         config: the run.
         facts: what identifies its data.
+
+    Raises:
+        ConfigError: if the disk refuses; what the folder held is untouched.
     """
     content = folder.known or {
         "run_uid": folder.run_uid,
@@ -100,9 +103,16 @@ def begin_attempt(folder: RunFolder, config: RunConfig, facts: dict[str, Any]) -
         "fixed_settings": fixed_settings(config),
         **facts,
     }
-    write_json(folder.path / RUN, {**content, "attempts": folder.attempt})
-    (folder.path / RESOLVED).write_text(dump_resolved(config), encoding="utf-8")
-    clear_exit(folder.path)
+    try:
+        write_json(folder.path / RUN, {**content, "attempts": folder.attempt})
+        replace_file(folder.path / RESOLVED, dump_resolved(config))
+        clear_exit(folder.path)
+        folder.checkpoints.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run.folder={folder.path} cannot be written: {error.strerror or error}; make room, or choose "
+            "another folder with run.folder=..."
+        ) from error
 
 
 def leave_unstarted(folder: Path) -> None:
@@ -129,12 +139,21 @@ def on_first_rank(communicator: Communicator, action: Callable[[], Any]) -> Any:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file in one step."""
+    replace_file(path, json.dumps(content, indent=1) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Give a file new content in one step; where the disk refuses, the old one stays and nothing else."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _inspect(config: RunConfig, folder: Path) -> dict[str, Any] | None:

@@ -27,12 +27,12 @@ from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog, attempt_spans
 from bdtrain.tracking.mlflow import MlflowShipper
 from bdtrain.train.faults import Faults
-from bdtrain.train.folder import RunFolder, begin_attempt, claim_run_folder, leave_unstarted
+from bdtrain.train.folder import RunFolder, begin_attempt, claim_run_folder, leave_unstarted, on_first_rank
 from bdtrain.train.loop import RunSummary, Stopped, Trainer
 from bdtrain.train.progress import Progress
 from bdtrain.train.run_lock import RunLock
 from bdtrain.train.setup import Parts, build_parts, prepare_machine
-from bdtrain.train.signals import StopRequest, write_exit
+from bdtrain.train.signals import EXIT, StopRequest, write_exit
 
 METRICS = "metrics.jsonl"
 SHORT_DRAIN_S = 2.0
@@ -123,15 +123,18 @@ def start_attempt(
     elif folder.known is not None:
         console.line(f"attempt {folder.attempt} begins anew: the run has no whole checkpoint")
         goodput.add_earlier(spans=attempt_spans(folder.path / METRICS))
+    identity = {
+        "tokenizer": parts.loader.tokenizer_info.to_dict(),
+        "data_fingerprint": dict(parts.loader.fingerprint),
+    }
+
+    def begin() -> None:
+        begin_attempt(folder, config, identity)
+        clean_leftovers(folder.checkpoints)
+
+    on_first_rank(communicator, begin)
     metrics = shipper = None
     if communicator.rank == 0:
-        identity = {
-            "tokenizer": parts.loader.tokenizer_info.to_dict(),
-            "data_fingerprint": dict(parts.loader.fingerprint),
-        }
-        begin_attempt(folder, config, identity)
-        folder.checkpoints.mkdir(exist_ok=True)
-        clean_leftovers(folder.checkpoints)
         metrics = stack.enter_context(MetricsLog(folder.path / METRICS, folder.attempt))
         if metrics.cut_bytes:
             console.line(f"{METRICS}: {metrics.cut_bytes} bytes of a line that a crash tore were cut")
@@ -213,7 +216,11 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
         if metrics is not None:
             metrics.event(event, trainer.progress.step, reason=reason, **facts)
         if first:
-            write_exit(folder, reason, trainer.progress.step, resumable=resumable, exit_code=exit_code)
+            try:
+                write_exit(folder, reason, trainer.progress.step, resumable=resumable, exit_code=exit_code)
+            except OSError as error:
+                # A disk that is full to the last byte must not hide why the run ends.
+                console.line(f"{EXIT} could not be written: {error.strerror or error}")
 
     def ship(timeout_s: float) -> None:
         news = None if trainer.shipper is None else trainer.shipper.close(timeout_s)

@@ -205,6 +205,7 @@ def write_exit(folder: Path, reason: str, step: int, *, resumable: bool, exit_co
 
     Raises:
         ValueError: for another reason.
+        OSError: if the disk refuses; no half of a file is left.
     """
     if reason not in REASONS:
         raise ValueError(f"reason {reason!r} is none of {REASONS}")
@@ -216,11 +217,15 @@ def write_exit(folder: Path, reason: str, step: int, *, resumable: bool, exit_co
         "time": round(time.time(), 3),
     }
     temporary = folder / f".tmp-{EXIT}"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / EXIT)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / EXIT)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def clear_exit(folder: Path) -> None:

@@ -23,7 +23,7 @@ from engine_ranks import (
     training,
 )
 
-STEPS, DRAWS, BATCH, SAMPLED = 3, 2, 4, 12
+STEPS, DRAWS, BATCH, SAMPLED, SAMPLES = 2, 2, 4, 12, 3
 
 
 def evaluate(rank: int, world: int, listed: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,9 +111,11 @@ def plain_nelbo(model: Any) -> float:
     return (losses.sum() / DRAWS / corrupted.counted.sum()).item()
 
 
-def sample(model: Any, case: Case) -> list[int] | None:
+def sample(model: Any, case: Case) -> list[list[int] | None]:
+    """Tokens of some samples with other draws."""
     from bdtrain.validation.generation import RunSampler
 
-    config = make_config(case, validation={"sample_tokens": SAMPLED, "sample_method": "ancestral"})
-    found = RunSampler(config, RaggedRows().tokenizer_info).sample(model, STEPS)
-    return None if found is None else found.tokens
+    config = make_config(case, validation={"sample_tokens": SAMPLED})
+    sampler = RunSampler(config, RaggedRows().tokenizer_info)
+    found = [sampler.sample(model, step) for step in range(SAMPLES)]
+    return [None if one is None else one.tokens for one in found]

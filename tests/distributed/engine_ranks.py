@@ -44,6 +44,7 @@ class Case:
     lr: float = LR
     clip: float | None = CLIP
     ema: float = EMA_DECAY
+    persistent: bool = False
 
     @property
     def layout(self) -> str:
@@ -214,17 +215,30 @@ class Run:
 
 def begin(case: Case, groups: Any) -> Run:
     from bdtrain.config.layout import resolve_layout
-    from bdtrain.train.setup import build_engine
+    from bdtrain.train import setup
 
     config = make_config(case)
     layout = resolve_layout(config, dist.get_world_size())
-    return Run(build_engine(config, layout, make_model(case, groups)), Recorder(make_objective(case)))
+    ours = setup.deepspeed_settings
+    if not case.persistent:
+        setup.deepspeed_settings = lambda **how: _gather_all(ours(**how))
+    try:
+        engine = setup.build_engine(config, layout, make_model(case, groups))
+    finally:
+        setup.deepspeed_settings = ours
+    return Run(engine, Recorder(make_objective(case)))
+
+
+def _gather_all(settings: dict[str, Any]) -> dict[str, Any]:
+    """Stage 3 without its exception for small parameters, which is all that a tiny model has."""
+    return {
+        **settings,
+        "zero_optimization": {**settings["zero_optimization"], "stage3_param_persistence_threshold": 0},
+    }
 
 
 @contextmanager
-def training(
-    case: Case, groups: Any, steps: int, *, source: Any = None, seed: int = SEED
-) -> Iterator[Run]:
+def training(case: Case, groups: Any, steps: int, *, source: Any = None, seed: int = SEED) -> Iterator[Run]:
     """Some steps by the real step function on the real loader's rows; the engine is closed afterwards."""
     run = begin(case, groups)
     keep_gradients(run)
@@ -384,11 +398,12 @@ def stretch(full: Tensor, fragment: Any) -> Tensor:
 
 def assemble(run: Run, kind: str = "master") -> dict[str, Tensor]:
     """The serial tensors of all ranks' fragments, on every rank."""
-    mine = [(f.name, f.full_shape, stretch(_places(f), f), f.tensors[kind].clone()) for f in run.engine.fragments()]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
+    mine = [
+        (f.name, f.full_shape, stretch(_places(f), f), f.tensors[kind].clone())
+        for f in run.engine.fragments()
+    ]
     state: dict[str, Tensor] = {}
-    for name, shape, places, values in [one for part in gathered for one in part]:
+    for name, shape, places, values in [one for part in gather(mine) for one in part]:
         state.setdefault(name, torch.full(shape, float("nan"))).view(-1)[places] = values
     return state
 
@@ -398,12 +413,15 @@ def _places(fragment: Any) -> Tensor:
     return torch.arange(shape.numel()).view(shape)
 
 
+def _whole(fragment: Any) -> Any:
+    """The shard that a fragment is a stretch of."""
+    return replace(fragment, start=0, count=torch.Size(fragment.full_shape).numel())
+
+
 def snapshot(run: Run) -> dict[str, Tensor]:
     """Copies of all that a step changes on this rank."""
     kept = {
-        f"{kind} {f.name}": value.clone()
-        for f in run.engine.fragments()
-        for kind, value in f.tensors.items()
+        f"{kind} {f.name}": value.clone() for f in run.engine.fragments() for kind, value in f.tensors.items()
     }
     for name, parameter in run.engine.module.named_parameters():
         # Stage 3 leaves a parameter its own part.
@@ -423,29 +441,68 @@ def squares(value: Tensor, wanted: Tensor) -> list[float]:
     return [(value - wanted).square().sum().item(), wanted.square().sum().item()]
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def relative_errors(parts: dict[str, list[float]]) -> dict[str, float]:
+    """Relative L2 error of each whole tensor, from the ``squares`` of all ranks' stretches."""
+    sums: dict[str, list[float]] = {}
+    for name, (difference, size) in [item for part in gather(parts) for item in part.items()]:
+        total = sums.setdefault(name, [0.0, 0.0])
+        total[0] += difference
+        total[1] += size
+    return {name: (difference / size) ** 0.5 for name, (difference, size) in sums.items()}
+
+
 def compare(run: Run, plain: Plain) -> dict[str, Any]:
-    """This rank's part of the comparison, for ``relative_errors`` of the tests."""
-    fragments = run.engine.fragments()
-    errors = {
+    """How far a layout is from plain torch. State is compared where both took the same number of steps."""
+    fragments, steps = run.engine.fragments(), len(run.results)
+    parts = {
         f"gradient {f.name}": squares(run.gradients[f.name][: f.count], stretch(plain.gradients[f.name], f))
         for f in fragments
     }
-    for f in fragments:
+    for f in fragments if steps == len(plain.losses) else []:
         for kind, values in plain.state.items():
-            errors[f"{kind} {f.name}"] = squares(f.tensors[kind], stretch(values[f.name], f))
+            parts[f"{kind} {f.name}"] = squares(f.tensors[kind], stretch(values[f.name], f))
     return {
-        "errors": errors,
+        "errors": relative_errors(parts),
+        "tensors": len(plain.gradients),
         "losses": [result.loss for result in run.results],
         "norms": [result.grad_norm for result in run.results],
-        "plain_losses": plain.losses[: len(run.results)],
-        "plain_norms": plain.norms[: len(run.results)],
-        "digests": sorted(run.objective.digests),
-        "same_digests": all(plain.digests[key] == value for key, value in run.objective.digests.items()),
-        "all_digests": len(plain.digests),
-        "owned": [[f.name, f.tp_rank, f.start, f.count] for f in fragments],
-        "sizes": {name: value.numel() for name, value in plain.gradients.items()},
-        "cut": sorted(f.name for f in fragments if f.partition_dim is not None),
+        "plain_losses": plain.losses[:steps],
+        "plain_norms": plain.norms[:steps],
+        "rows": sorted(run.objective.digests),
+        "all_rows": sorted(key for key in plain.digests if int(key.split("/")[0]) < steps),
+        "same_rows": all(plain.digests[key] == value for key, value in run.objective.digests.items()),
+        "owned_once": owned_once(run),
+        "gathered": [getattr(p, "ds_persist", True) for p in run.engine.module.parameters()].count(False),
     }
+
+
+def owned_once(run: Run) -> bool:
+    """Whether the fragments of all ranks tell every element of every shard exactly once."""
+    owned: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    sizes: dict[str, int] = {}
+    mine = [
+        ((f.name, f.tp_rank), (f.start, f.count), stretch(_places(f), _whole(f)).numel())
+        for f in run.engine.fragments()
+    ]
+    for key, part, size in [one for rank in gather(mine) for one in rank]:
+        owned.setdefault(key, []).append(part)
+        sizes[key[0]] = size
+    for (name, _), parts in owned.items():
+        end = 0
+        for first, count in sorted(parts):
+            if first != end or count < 1:
+                return False
+            end += count
+        if end != sizes[name]:
+            return False
+    return True
 
 
 def cases_from(listed: Sequence[dict[str, Any]]) -> list[Case]:

@@ -58,7 +58,14 @@ class Job:
     def command(self) -> list[str]:
         """What each rank runs, after the interpreter."""
         own = (f"run.folder={self.folder}", "train.log_every_steps=1", "tracking.mlflow=false")
-        return ["launchers/pretrain.py", "--config", str(self.config), *own, *self.overrides]
+        # The launcher refuses a key that is given twice; here a later one replaces an earlier one.
+        settings = dict(override.split("=", 1) for override in (*own, *self.overrides))
+        return [
+            "launchers/pretrain.py",
+            "--config",
+            str(self.config),
+            *(f"{key}={value}" for key, value in settings.items()),
+        ]
 
 
 class Attempt:
@@ -95,7 +102,7 @@ class Attempt:
                 start_new_session=True,
             )
 
-    def __enter__(self) -> "Attempt":
+    def __enter__(self) -> Attempt:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -164,13 +171,17 @@ def when_exists(pattern: str, then_s: float = 0.0) -> Moment:
 
 
 def when_reported(step: int, then_s: float = 0.0) -> Moment:
-    """When the metrics file holds a report of this step or a later one, or that much later."""
+    """When the attempt has reported this step or a later one, or that much later."""
+    began: dict[int, int] = {}
     seen: dict[int, float] = {}
 
     def moment(attempt: Attempt) -> bool:
-        if attempt.number not in seen and reported_step(attempt.job.folder) >= step:
-            seen[attempt.number] = attempt.age_s
-        return attempt.number in seen and attempt.age_s >= seen[attempt.number] + then_s
+        folder, number = attempt.job.folder, attempt.number
+        # What earlier attempts reported is in the file already, and counts until this one has begun.
+        began.setdefault(number, len(starts(folder)))
+        if number not in seen and len(starts(folder)) > began[number] and reported_step(folder) >= step:
+            seen[number] = attempt.age_s
+        return number in seen and attempt.age_s >= seen[number] + then_s
 
     return moment
 

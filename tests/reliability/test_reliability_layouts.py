@@ -1,4 +1,4 @@
-"""A run goes on under another layout as if nothing had happened: losses, data, noise, counters, every bit saved.
+"""A run goes on under another layout as if nothing had happened: losses, data, noise, counters, saved bits.
 
 Each run is the launcher on one or two real ranks, forked from a process that has imported everything.
 """
@@ -33,7 +33,8 @@ COMMON = (
     "optim.grad_clip_norm=0.5",
     "optim.ema_decay=0.9",
     "validation.every_steps=4",
-    "validation.sample_tokens=8",
+    "validation.sequences=8",
+    "validation.sample_tokens=0",
     f"checkpoint.every_steps={SAVED}",
     "checkpoint.keep_last=9",
 )
@@ -99,9 +100,7 @@ class Runs:
     def continued(self, saved_by: str, on: str) -> Path:
         """The second half of a run whose first half was another layout's."""
         whole = self.uninterrupted(saved_by)
-        return self._once(
-            (saved_by, on), lambda job: keep_one_checkpoint(whole, job.folder, SAVED), on
-        )
+        return self._once((saved_by, on), lambda job: keep_one_checkpoint(whole, job.folder, SAVED), on)
 
     def _once(self, key: tuple[str, ...], prepare: Callable[[Job], None], layout: str) -> Path:
         if key not in self.made:
