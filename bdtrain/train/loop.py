@@ -133,16 +133,18 @@ class Trainer:
         )
         before = self.validate() if config.validation.at_start and progress.step == 0 else None
         while progress.step < steps:
+            # At the top, so that a run which was ended between save and validation makes up for it.
+            if every and progress.step % every == 0 and progress.validated < progress.step:
+                self.validate()
             result, lr = self.one_step()
             done = progress.step
             if done % config.train.log_every_steps == 0 or done == steps:
                 self.report(lr)
             if done == steps:
                 break
-            if every and done % every == 0:
-                self.validate()
             if result.stop:
                 return self.leave()
+            # Before validation, which may take longer than a launcher waits with its kill.
             if save_every and done % save_every == 0:
                 self.save_or_go_on()
         # Saved first: nothing that goes wrong afterwards may cost the weights.
@@ -284,6 +286,7 @@ class Trainer:
     def validate(self) -> Likelihood:
         """Likelihood and a sample, with the averaged weights where there are any. Every rank takes part."""
         step = self.progress.step
+        self.progress.validated = step
         self.faults.at("validate", step)
         with self.goodput.during("validation"), self.engine.averaged_weights() as averaged:
             likelihood = self.parts.evaluator.likelihood(self.engine.module)

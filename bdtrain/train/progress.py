@@ -79,6 +79,7 @@ class Progress:
         tokens: counted tokens taken.
         checkpoints_failed: saves that could not be completed.
         checkpoints_failed_in_a_row: since the last good one.
+        validated: step of the last validation.
         train_seconds: wall time of steps that count, over all attempts.
         window: steps since the last progress line.
     """
@@ -91,6 +92,7 @@ class Progress:
     tokens: int = 0
     checkpoints_failed: int = 0
     checkpoints_failed_in_a_row: int = 0
+    validated: int = 0
     train_seconds: float = 0.0
     window: Window = field(default_factory=Window)
 

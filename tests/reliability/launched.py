@@ -1,4 +1,4 @@
-"""Real launchers in tests: started with a mark that every process below them carries, and none left behind."""
+"""Real launchers in tests: started with a mark that every process below them carries; none is left behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def processes_with(mark: str) -> dict[int, str]:
-    """Number and command of all processes that run and have ``BDTRAIN_TEST_MARK=mark`` in their environment."""
+    """Number and command of all processes that run and were started with ``BDTRAIN_TEST_MARK=mark``."""
     wanted = f"{MARK}={mark}".encode()
     found = {}
     for entry in Path("/proc").iterdir():

@@ -29,7 +29,7 @@ from bdtrain.checkpoint.folders import find_checkpoints
 from bdtrain.tracking.jsonl import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
+STEPS = 14
 QUIET = ("validation.at_start=false", "validation.sequences=4", "validation.sample_tokens=4")
 SMALL = (*QUIET, "checkpoint.every_steps=1", "checkpoint.keep_last=100")
 FEW = (*SMALL, "train.steps=9")
@@ -102,7 +102,7 @@ def undisturbed(nursery, tmp_path_factory):
 def phase_of(folder, step):
     """How far a killed save had come, by what it left."""
     if (folder / "checkpoints" / f"step-{step:09d}").exists():
-        return "renamed"
+        return "renamed or later"
     temporary = folder / "checkpoints" / f".tmp-step-{step:09d}"
     if not temporary.exists():
         return "not begun"
@@ -123,8 +123,11 @@ def kill_inside_a_save(job, draw, step, typical_s):
     with Attempt(job) as attempt:
         # What an earlier attempt left is gone when this one has said that it started.
         wait_for(lambda: len(events(job.folder, "start")) > before, attempt, "the start")
-        wait_for(temporary.exists, attempt, f"the save of step {step}")
-        time.sleep(delay)
+        # A save that this process slept through is over: then the kill comes some time after it.
+        final = job.folder / "checkpoints" / f"step-{step:09d}"
+        wait_for(lambda: temporary.exists() or final.exists(), attempt, f"the save of step {step}")
+        if not final.exists():
+            time.sleep(delay)
         for rank in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(attempt.ranks[rank].pid, signal.SIGKILL)
@@ -147,7 +150,7 @@ def five_kills(nursery, tmp_path, undisturbed, seed):
     job = Job(tmp_path / "run", tmp_path / "scratch", 2, LARGE, nursery=nursery)
     acknowledged, newest, reached, survivors = 0, 0, [], []
     for _ in range(5):
-        target = min(newest + draw.randint(1, 2), STEPS - 1)
+        target = min(newest + draw.randint(1, 2), STEPS - 3)
         victims, phase, codes, seconds = kill_inside_a_save(job, draw, target, typical_s)
         reached.append(phase)
         survivors += [(codes[rank], round(seconds, 1)) for rank in range(2) if rank not in victims]

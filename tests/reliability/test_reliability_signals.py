@@ -1,10 +1,9 @@
-"""A run that is asked to stop saves, says so, leaves nobody behind, and goes on as if nothing had happened."""
+"""A run that is asked to stop saves, says so, leaves nobody behind and can be continued to the same bits."""
 
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import uuid
 from dataclasses import replace
@@ -114,23 +113,16 @@ def stop_launched(launcher, job, step, *, whole_group=False):
         return code, run.text()
 
 
-def interrupt(launcher, job, reference, seed, *, code, reason, whole_group=False, again=None):
-    """One run: SIGTERM at a random step, checks, and its end by ``again`` or without a launcher."""
+def interrupt(launcher, job, reference, seed, *, code, reason, whole_group=False):
+    """One run: SIGTERM at a random step, what it said, and its end without a launcher."""
     step = random.Random(seed).randint(2, STEPS - 6)
     found, text = stop_launched(launcher, job, step, whole_group=whole_group)
     assert found == code, text[-3000:]
     stopped = check_stopped(job.folder, reason, range(step, STEPS))
     said = f"stopped by {reason} at step {stopped}, saved in {job.folder}/checkpoints/step-{stopped:09d}"
     assert said in text, text[-3000:]
-    if again is not None:
-        with start(again, job, "") as run:
-            assert run.wait() == 0, run.text()[-3000:]
-            assert wait_until(lambda: not run.processes(), 10), run.processes()
-    check = finish if again is None else (lambda job, limit_s: None)
-    check(job, limit_s=LIMIT_S)
-    assert differences(job.folder, reference) == []
-    assert json.loads((job.folder / "EXIT.json").read_text())["reason"] == "finished"
     print(f"{launcher}, seed {seed}: SIGTERM after step {step}, saved step {stopped}, exit code {found}")
+    check_goes_on(job, reference)
 
 
 def test_sigterm_to_the_deepspeed_command_saves_and_leaves_no_orphan(nursery, tmp_path, reference):
@@ -146,13 +138,13 @@ def test_sigterm_to_torchrun_saves_and_leaves_no_orphan(nursery, tmp_path, refer
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(10, 15))
-def test_sigterm_to_the_deepspeed_command_at_any_step_and_again_by_it(nursery, tmp_path, reference, seed):
-    overrides = (*OVERRIDES, *(("tracking.mlflow=true",) if seed == 10 else ()))
+@pytest.mark.parametrize("seed", range(10, 13))
+def test_sigterm_to_the_deepspeed_command_at_any_step_with_a_shipping_process(
+    nursery, tmp_path, reference, seed
+):
+    overrides = (*OVERRIDES, "tracking.mlflow=true")
     job = Job(tmp_path / "run", tmp_path / "scratch", 2, overrides, nursery=nursery)
-    interrupt(
-        "deepspeed", job, reference[2], seed, code=-signal.SIGTERM, reason="launcher gone", again="deepspeed"
-    )
+    interrupt("deepspeed", job, reference[2], seed, code=-signal.SIGTERM, reason="launcher gone")
 
 
 @pytest.mark.soak
@@ -160,7 +152,7 @@ def test_sigterm_to_the_deepspeed_command_at_any_step_and_again_by_it(nursery, t
 def test_sigterm_to_every_process_of_a_launch_saves_once(nursery, tmp_path, reference, launcher):
     job = Job(tmp_path / "run", tmp_path / "scratch", 2, OVERRIDES, nursery=nursery)
     code = {"deepspeed": -signal.SIGTERM, "torchrun": 1}[launcher]
-    interrupt(launcher, job, reference[2], 20, code=code, reason="SIGTERM", whole_group=True, again=launcher)
+    interrupt(launcher, job, reference[2], 20, code=code, reason="SIGTERM", whole_group=True)
 
 
 @pytest.mark.soak
@@ -239,7 +231,8 @@ def test_sigterm_to_a_single_process_ends_the_shipping_process_too(nursery, tmp_
         os.kill(attempt.ranks[0].pid, signal.SIGTERM)
 
     stop_ranks(job, send, faults=slow_from(4))
-    assert len(seen) == 2, seen
+    # Only what a rank starts is found by its environment: a forked rank shows that of its parent.
+    assert len(seen) == 1, seen
     check_stopped(job.folder, "SIGTERM", range(3, 12))
     check_goes_on(replace(job, overrides=OVERRIDES), reference[1])
 
