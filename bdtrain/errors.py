@@ -10,9 +10,15 @@ import sys
 
 
 class BdtrainError(Exception):
-    """Base of every error that bdtrain raises on purpose."""
+    """Base of every error that bdtrain raises on purpose.
+
+    Attributes:
+        exit_code: what a launcher returns to the shell.
+        everywhere: raised on every rank in the same words, so that the first one tells it.
+    """
 
     exit_code = 1
+    everywhere = False
 
 
 class ConfigError(BdtrainError):

@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
             train_from_config(command.config, os.environ, console=Console(enabled=first), stop=stop)
     except (BdtrainError, OSError, KeyboardInterrupt) as error:
         # What only one rank can know is told by that rank.
-        return report_failure(error, enabled=first or isinstance(error, (DataError, OSError)))
+        alone = isinstance(error, (DataError, OSError)) and not getattr(error, "everywhere", False)
+        return report_failure(error, enabled=first or alone)
     return 0
 
 

@@ -21,7 +21,7 @@ from bdtrain.data.source import check_fingerprint
 from bdtrain.diffusion import keyed
 from bdtrain.diffusion.objectives.base import Objective
 from bdtrain.diffusion.plan import NoisePlan
-from bdtrain.errors import ConfigError, TokenizerError
+from bdtrain.errors import ConfigError, DataError, TokenizerError
 from bdtrain.model.build import build_model
 from bdtrain.model.flops import count_step_flops
 from bdtrain.model.init import global_parameters
@@ -116,7 +116,11 @@ def build_parts(
         )
     )
     if known is not None:
-        check_same_data(known, loader)
+        try:
+            check_same_data(known, loader)
+        except DataError as error:
+            error.everywhere = True
+            raise
     config = with_vocabulary(config, loader)
     epoch_tokens = format_count(loader.epoch_samples * config.data.seq_len)
     console.line(

@@ -23,7 +23,7 @@ CASES: list[dict[str, Any]] = [
 def found() -> list[dict[str, Any]]:
     """Of each rank."""
     worker = Path(__file__).with_name("engine_evaluation_ranks.py")
-    return run_ranks(f"{worker}:evaluate", 2, CASES, timeout_s=240)
+    return run_ranks(f"{worker}:evaluate", 2, CASES, timeout_s=400)
 
 
 @pytest.fixture(params=range(len(CASES)), ids=[str(case) for case in CASES])

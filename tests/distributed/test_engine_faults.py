@@ -25,7 +25,7 @@ APPLIED = [True, False, False, True]
 def found() -> list[Any]:
     """Of each rank."""
     worker = Path(__file__).with_name("engine_fault_ranks.py")
-    return run_ranks(f"{worker}:spoil_one_rank", 2, CASES, timeout_s=240)
+    return run_ranks(f"{worker}:spoil_one_rank", 2, CASES, timeout_s=400)
 
 
 @pytest.fixture(params=range(len(CASES)), ids=[str(case) for case in CASES])

@@ -47,7 +47,7 @@ def name_of(case: dict[str, Any]) -> str:
 def found() -> list[dict[str, Any]]:
     """Of each rank."""
     worker = Path(__file__).with_name("engine_layout_ranks.py")
-    return run_ranks(f"{worker}:compare_with_plain_torch", 2, CASES, timeout_s=240)
+    return run_ranks(f"{worker}:compare_with_plain_torch", 2, CASES, timeout_s=400)
 
 
 @pytest.fixture(params=range(len(CASES)), ids=[name_of(case) for case in CASES])

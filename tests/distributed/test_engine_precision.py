@@ -20,13 +20,13 @@ CASES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """Two ranks."""
-    return run_ranks(f"{WORKER}:measure", 2, CASES, COUNTS, STEPS, timeout_s=240)[0]
+    return run_ranks(f"{WORKER}:measure", 2, CASES, COUNTS, STEPS, timeout_s=400)[0]
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[float]]:
     """Loss curves of one process."""
-    return run_ranks(f"{WORKER}:curves_alone", 1, STEPS, timeout_s=120)[0]
+    return run_ranks(f"{WORKER}:curves_alone", 1, STEPS, timeout_s=240)[0]
 
 
 @pytest.mark.parametrize("layout", ["dp2 zero1", "dp2 zero2", "dp2 zero3", "pp2 zero1"])

@@ -22,7 +22,7 @@ QUICK = (
     "validation.sample_tokens=4",
     "tracking.mlflow=false",
 )
-LIMIT_S = 240.0
+LIMIT_S = 600.0
 
 
 def pretrain(folder, *overrides):

@@ -35,7 +35,7 @@ SMALL = (*QUIET, "checkpoint.every_steps=1", "checkpoint.keep_last=100")
 FEW = (*SMALL, "train.steps=9")
 # 25 MB of state: a save takes long enough to be hit anywhere.
 LARGE = (*SMALL, f"train.steps={STEPS}", "model.hidden_size=256", "checkpoint.keep_last=3")
-LIMIT_S = 240.0
+LIMIT_S = 600.0
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +376,7 @@ def test_refused_save_is_counted_and_three_in_a_row_end_the_run_which_can_be_res
         f"step-{step:09d}" for step in (1, 3, 4)
     ]
 
-    finish(job)
+    finish(job, limit_s=LIMIT_S)
     assert [line["step"] for line in events(job.folder, "start")] == [0, 4]
     # The count of failures is a fact of this run's disk, not of the mathematics: only it may differ.
     assert [text for text in differences(job.folder, plain) if "checkpoints_failed" not in text] == []
@@ -447,7 +447,7 @@ def test_run_on_a_disk_that_fills_up_ends_with_advice_and_goes_on_when_there_is_
             assert second == ""
             assert not list(job.folder.glob(".*"))
             filler.unlink()
-        finish(job)
+        finish(job, limit_s=LIMIT_S)
         ours = [text for text in differences(job.folder, plain) if "checkpoints_failed" not in text]
         assert ours == []
         assert [line["step"] for line in events(job.folder, "start")] == [0, 3]

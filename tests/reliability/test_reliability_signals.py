@@ -27,7 +27,7 @@ OVERRIDES = (
     "validation.sequences=4",
     "validation.sample_tokens=4",
 )
-LIMIT_S = 240.0
+LIMIT_S = 600.0
 
 
 @pytest.fixture(scope="module")

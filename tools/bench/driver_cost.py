@@ -1,12 +1,12 @@
 """What the driver costs: CPU seconds of a whole step of the run's own loop beside a bare torch loop.
 
-Both sides train the same model from the same weights on the same rows with the same noise, in turns, in one
-process (or in two that share the rows: ``--ranks 2``); their losses are compared. Ours is ``Trainer.one_step``
-with a report after every step: loader, Megatron's schedule, DeepSpeed's engine, AdamW with the average,
-metrics. The bare loop is what one would write without any of it: ``backward``, ``clip_grad_norm_``,
-``torch.optim.AdamW``, ``torch._foreach_lerp_``; with two ranks an all-reduce of one flat gradient, as
-``DistributedDataParallel`` does it, and the whole optimizer on each. Loader, noise and model are the same code
-on both sides, so they cancel.
+Both sides train the same model from the same weights on the same rows with the same noise, in turns, in
+one process (or in two that share the rows: ``--ranks 2``); their losses are compared. Ours is
+``Trainer.one_step`` with a report after every step: loader, Megatron's schedule, DeepSpeed's engine, AdamW
+with the average, metrics. The bare loop is what one would write without any of it: ``backward``,
+``clip_grad_norm_``, ``torch.optim.AdamW``, ``torch._foreach_lerp_``; with two ranks an all-reduce of one flat
+gradient, as ``DistributedDataParallel`` does it, and the whole optimizer on each. Loader, noise and model are
+the same code on both sides, so they cancel.
 
 CPU seconds of the process with all its threads, since the machine may be shared.
 """
@@ -208,6 +208,8 @@ class Bare:
 
         self.ours, self.torch, self.watch = ours, torch, Stopwatch()
         config, parts = ours.config, ours.trainer.parts
+        assert config.optim.ema_decay is not None and config.optim.grad_clip_norm is not None
+        self.decay, self.clip = config.optim.ema_decay, config.optim.grad_clip_norm
         self.model = build_model(
             config.model,
             pg_collection=ours.groups,
@@ -216,11 +218,12 @@ class Bare:
             device=ours.device,
         )
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters if p.dim() > 1]},
+            {"params": [p for p in self.parameters if p.dim() == 1], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.parameters if p.dim() > 1]},
-                {"params": [p for p in self.parameters if p.dim() == 1], "weight_decay": 0.0},
-            ],
+            groups,
             lr=config.optim.lr,
             betas=config.optim.betas,
             eps=config.optim.epsilon,
@@ -265,11 +268,11 @@ class Bare:
                 self._reduce(dist)
                 dist.all_reduce(loss)
         with watch.time("update"):
-            torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.grad_clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
             with watch.time("optimizer"):
                 self.optimizer.step()
                 self.done += 1
-                decay = min(config.optim.ema_decay, (1 + self.done) / (10 + self.done))
+                decay = min(self.decay, (1 + self.done) / (10 + self.done))
                 with torch.no_grad():
                     torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
             self.optimizer.zero_grad(set_to_none=True)
