@@ -82,7 +82,8 @@ def main() -> int:
         )
         run_step(
             "3/4 training",
-            f"deepspeed --num_gpus {options.ranks} launchers/pretrain.py --config {shlex.quote(options.config)} {settings}",
+            f"deepspeed --num_gpus {options.ranks} launchers/pretrain.py "
+            f"--config {shlex.quote(options.config)} {settings}",
         )
         run_step(
             "4/4 evaluation of the saved weights, beside the baselines",

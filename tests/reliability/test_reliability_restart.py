@@ -313,7 +313,7 @@ def refusal(job: Job, code: int) -> str:
     # Before any work: no parameter was made.
     assert "parameters on" not in said[0]
     # What is wrong with the data every rank finds for itself, in the same words.
-    errors = list(dict.fromkeys(text[text.index("error: ") :] for text in said if "error: " in text))
+    errors = [text[text.index("error: ") :] for text in said if "error: " in text]
     assert len(errors) == 1, said
     assert errors[0].count("error: ") == 1
     return errors[0]
