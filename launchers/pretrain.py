@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
         The exit code: 0 done, or stopped on request and resumable (EXIT.json says which); 3 wrong
         configuration, 4 not finite, 6 data, 7 checkpoint, 130 interrupted.
     """
-    from bdtrain.config import parse_command_line
+    from bdtrain.config import check_paths, parse_command_line, validate_layout
     from bdtrain.errors import BdtrainError, DataError, report_failure
     from bdtrain.parallel.launch_environment import read_launch
     from bdtrain.train.signals import StopRequest
@@ -27,6 +27,9 @@ def main(arguments: list[str]) -> int:
         )
         if command.finished:
             return 0
+        # What is wrong with the layout or the paths costs a second, not the imports below.
+        validate_layout(command.config, launch.world_size)
+        check_paths(command.config)
         # Listens before the long imports: a launcher that dies meanwhile must be noticed.
         with StopRequest() as stop:
             # torch, DeepSpeed and Megatron are imported only for a configuration that is right.

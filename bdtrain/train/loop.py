@@ -307,8 +307,11 @@ class Trainer:
         self.write({name: value for name, value in values.items() if value is not None})
         if sample is not None and self.metrics is not None:
             line = {"step": step, "attempt": self.folder.attempt, **sample.to_dict()}
-            with (self.folder.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            try:
+                with (self.folder.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            except OSError as error:
+                self.console.line(f"the sample was not written: {error.strerror or error}")
         return likelihood
 
     def save(self) -> SavedCheckpoint:

@@ -188,13 +188,14 @@ def test_rule_that_matches_no_parameter_is_one_message_and_leaves_no_folder(tmp_
     print(texts)
 
 
+@pytest.mark.soak
 def test_mistake_under_the_deepspeed_command_is_told_once(tmp_path):
     folder = tmp_path / "run"
     front = ["deepspeed", "--num_gpus", 2, "--master_port", free_port()]
     command = [*front, *pretrain(folder, "parallel.tp=2", "model.num_kv_heads=1")]
     codes, [text] = finish([Launched(command, tmp_path / "log")])
     assert codes == [3], text
-    assert text.count("num_kv_heads=1") == 1, text
+    assert text.count("tp=2 does not divide num_kv_heads=1") == 1, text
     assert text.count("error: ") == 1, text
     assert "Traceback" not in text
     assert not folder.exists()

@@ -7,6 +7,7 @@ elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -125,7 +126,9 @@ class Attempt:
                 try:
                     os.killpg(rank.pid, signal.SIGKILL)
                 except ProcessLookupError:
-                    pass
+                    # A rank that was forked this moment has no group of its own yet.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(rank.pid, signal.SIGKILL)
         for rank in self.ranks:
             rank.wait()
 

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = "BDTRAIN_TEST_RECORD"
 """Environment variable of a rank: where it writes a digest of every row that it trained on."""
 
+READY = "ready\n"
+
 SAVE_TO = "BDTRAIN_TEST_SAVE_TO"
 """Environment variable of a rank: folder for training checkpoints in place of the run's own."""
 
@@ -49,6 +51,9 @@ class Nursery:
         )
 
     def __enter__(self) -> Nursery:
+        # The imports are this call's time, not that of the first rank.
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == READY, "the nursery died; its traceback is on stderr"
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,6 +115,8 @@ def main() -> None:
     os.dup2(2, 1)  # What the imports print is no answer.
     launchers = import_everything()
     assert threading.active_count() == 1, "a fork would lose a thread"
+    answers.write(READY)
+    answers.flush()
     running: set[int] = set()
     for line in sys.stdin:
         question = json.loads(line)
