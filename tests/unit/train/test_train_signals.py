@@ -42,7 +42,17 @@ LAUNCH = ["/venv/bin/python", "-u", "-m", "deepspeed.launcher.launch", "--world_
 RUNNER = ["/venv/bin/python3.11", "/venv/bin/deepspeed", "--num_gpus", "2", "train.py"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.fixture(autouse=True)
+def terminal():
+    """Signals as a shell in the foreground leaves them: in the background it has SIGINT ignored."""
+    asked = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in asked.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_sets_a_flag_however_often_it_comes(number):
     before = signal.getsignal(number)
     with StopRequest() as request:
@@ -55,6 +65,15 @@ def test_signal_sets_a_flag_however_often_it_comes(number):
         assert request.pending == signal.Signals(number).name
         assert start <= request.since <= time.monotonic()
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_signal_that_the_parent_had_ignored_stays_ignored(number):
+    signal.signal(number, signal.SIG_IGN)
+    with StopRequest() as request:
+        signal.raise_signal(number)
+        assert request.pending is None
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
 def test_first_interrupt_asks_and_a_later_one_interrupts(monkeypatch):
