@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     from bdtrain.parallel.launch_environment import read_launch
     from bdtrain.train.signals import StopRequest
 
-    first = True
+    first, started, launch = True, False, None
     try:
         launch = read_launch(os.environ)
         first = launch.rank == 0
@@ -39,11 +39,13 @@ def main(arguments: list[str]) -> int:
             from bdtrain.tracking.console import Console
             from bdtrain.train.launch import train_from_config
 
+            started = True
             train_from_config(command.config, os.environ, console=Console(enabled=first), stop=stop)
     except (BdtrainError, OSError, KeyboardInterrupt) as error:
-        # What only one rank can know is told by that rank.
+        # What only one rank can know is told by that rank; before ranks meet, by the first of a machine.
         alone = isinstance(error, (DataError, OSError)) and not getattr(error, "everywhere", False)
-        return report_failure(error, enabled=first or alone)
+        lone_machine = not started and launch is not None and launch.local_rank == 0
+        return report_failure(error, enabled=first or alone or lone_machine)
     return 0
 
 

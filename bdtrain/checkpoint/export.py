@@ -13,18 +13,22 @@ from bdtrain.checkpoint.tensors import TensorSource
 from bdtrain.checkpoint.weights import model_facts, weights_kind, write_model
 
 
-def export_weights(training_folder: Path, folder: Path, *, actions: FileActions = DISK) -> None:
+def export_weights(
+    training_folder: Path, folder: Path, *, verified: bool = False, actions: FileActions = DISK
+) -> None:
     """Write a model folder from a training checkpoint, with one parameter in memory at a time.
 
     Args:
-        training_folder: the checkpoint; it is verified first.
+        training_folder: the checkpoint.
+        verified: it was written or checked this moment; else every byte of it is read first.
         folder: where the model folder is to appear; an older one of that name is replaced.
         actions: the disk.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or none, or the disk refuses.
     """
-    verify_folder(training_folder)
+    if not verified:
+        verify_folder(training_folder)
     training = TrainingState.open(training_folder)
     kind = weights_kind(training)
     sources = [

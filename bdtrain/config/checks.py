@@ -57,7 +57,7 @@ def without_effect(config: RunConfig) -> dict[str, Reason]:
     ``dump_resolved`` leaves them out, so that a dumped configuration loads again.
     """
     data, diffusion, optim, validation = config.data, config.diffusion, config.optim, config.validation
-    parallel, checkpoint, tracking = config.parallel, config.checkpoint, config.tracking
+    parallel, tracking = config.parallel, config.tracking
     table: dict[str, Reason] = {}
 
     def ignore(switch: str, text: str, *keys: str) -> None:
@@ -85,9 +85,6 @@ def without_effect(config: RunConfig) -> dict[str, Reason]:
         ignore("validation.sample_method", validation.sample_method, "validation.sample_steps")
     if parallel.tp == 1 and parallel.sequence_parallel:
         ignore("parallel.tp", "1, which leaves nothing to split", "parallel.sequence_parallel")
-    if checkpoint.every_steps == 0:
-        retention = ["checkpoint.keep_last", "checkpoint.keep_every_tokens"]
-        ignore("checkpoint.every_steps", "0, which makes no series of checkpoints to thin out", *retention)
     if not tracking.mlflow:
         shipping = ["tracking.mlflow_uri", "tracking.experiment", "tracking.drain_timeout_s"]
         ignore("tracking.mlflow", "false", *shipping)

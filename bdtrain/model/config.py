@@ -164,7 +164,7 @@ _FLAGS: dict[str, Any] = {
     "attention_dropout": 0.0,
     # The extension that fuses it is not installed.
     "gradient_accumulation_fusion": False,
-    # torch.compile, seconds for the first step of a CPU; a GPU run turns them on.
+    # torch.compile, seconds for the first step of a CPU; off everywhere until measured on a GPU.
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,

@@ -1,4 +1,4 @@
-"""What megatron-core 0.16 to 0.19 needs on a machine without CUDA; the only file that patches a library.
+"""What megatron-core 0.16 to 0.19 needs on a machine without CUDA; the only file that patches Megatron.
 
 Megatron names the current CUDA device in its gathers, receive buffers and random-state handling, and writes
 ``device="cuda"`` in three places of its schedules. Nothing here is installed where CUDA is present, so the

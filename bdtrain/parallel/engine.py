@@ -8,10 +8,11 @@ stage  during the micro-batches                             bytes per parameter 
 2      each micro-batch is reduced into the rank's part     2 + 20/dp       /   4 + 20/dp
 3      as 2, and weights are gathered layer by layer        22/dp           /   24/dp
 
-(16/dp: master weights, two moments, average; all float32. The step itself needs up to 4/dp more, for the
-reduced gradient or its copy.) Stage 1 communicates once per step, stages 2 and 3 once per micro-batch: with
-many micro-batches stage 1 is the faster one, and with tp and pp its gradients are small already. Nothing
-overlaps with the backward pass: stage 1 reduces after it, stages 2 and 3 in its hooks, on the same stream.
+(16/dp: master weights, two moments, average; all float32. The step itself needs up to 8/dp more, for the
+reduced gradient or its copy and AdamW's denominators; evaluation of averaged weights 4/dp.) Stage 1
+communicates once per step, stages 2 and 3 once per micro-batch: with many micro-batches stage 1 is the faster
+one, and with tp and pp its gradients are small already. Nothing overlaps with the backward pass: stage 1
+reduces after it, stages 2 and 3 in its hooks, on the same stream.
 
 Both stages 1 and 2 are DeepSpeed's stage 2 optimizer, under ``coalesce_grad_reduction`` or not. DeepSpeed's
 own stage 1 turns into another class for bf16 weights, which keeps a bf16 gradient beside the float32 one and
@@ -150,7 +151,13 @@ class Engine:
         """
         if self._zero_stage == 1:
             with self._engine.coalesce_grad_reduction():
-                yield None
+                try:
+                    yield None
+                except BaseException:
+                    # The context reduces what it finds on every way out; peers would not be there for it.
+                    for parameter in self.module.parameters():
+                        parameter.grad = None
+                    raise
         else:
             self._state.begin_accumulation()
             yield self._state.end_of_backward

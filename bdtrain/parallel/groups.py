@@ -1,11 +1,12 @@
 """Process groups: torch.distributed, Megatron's grid over it, and what DeepSpeed must know before it starts.
 
-Megatron's globals are set and read here, once; everything else gets a ``ProcessGroupCollection`` as an
-argument.
+Megatron's globals are set and read here and in ``mpu.py``; everything else gets a ``ProcessGroupCollection``
+as an argument.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections import defaultdict
@@ -51,11 +52,16 @@ def init_process_group(launch: Launch, *, timeout_s: float = 1800.0) -> None:
     """
     if dist.is_initialized():
         return
-    # Whatever launched this process: torch and DeepSpeed read the names of torchrun, even in a world of one.
-    os.environ.update(torch_environment(launch))
     cuda = torch.cuda.is_available()
+    # A scheduler may show each task its own GPU alone: the number of a device, not of a process.
+    local = launch.local_rank % torch.cuda.device_count() if cuda else launch.local_rank
+    # Whatever launched this process: torch and DeepSpeed read the names of torchrun, even in a world of one.
+    os.environ.update(torch_environment(dataclasses.replace(launch, local_rank=local)))
+    # DeepSpeed takes it as a device too, and insists that OpenMPI's name says the same.
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local)
     if cuda:
-        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(local)
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if cuda else "gloo"
     # Tests meet through a file: ports of one machine are few and may be taken.
@@ -110,10 +116,16 @@ def host_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
 
 
-def destroy_groups() -> None:
-    """Undo ``init_groups``."""
+def destroy_groups(*, failed: bool = False) -> None:
+    """Undo ``init_groups``.
+
+    Args:
+        failed: this rank leaves because of an error, and its peers may be waiting for it.
+    """
     from megatron.core import parallel_state
 
+    if failed and dist.is_initialized() and dist.get_backend() == "nccl":
+        return  # an orderly end waits for the peers; the end of the process does not
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 # Dense bf16 TFLOP/s of the data sheets, without sparsity. Longer names first: the first match counts.
@@ -18,7 +20,7 @@ _BF16 = (
     ("L40S", 362.0),
     ("L4", 121.0),
     ("A10", 125.0),
-    ("V100", 125.0),
+    ("A10G", 70.0),
 )
 
 
@@ -35,4 +37,5 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _BF16 if known in name), None)
+    # Whole words: an A1000 is no A100.
+    return next((peak for known, peak in _BF16 if re.search(rf"(?<!\w){known}(?!\w)", name)), None)

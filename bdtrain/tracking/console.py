@@ -47,6 +47,8 @@ class Console:
         except BrokenPipeError:
             # Whoever read along has left (`| head`, a closed terminal): no reason to end a run.
             self._enabled = False
+        except OSError:
+            return  # a full disk under the log; the next line may fit
 
     def progress(
         self,

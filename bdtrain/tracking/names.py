@@ -45,7 +45,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "train/masked_share": Metric("1", "rows that reached the head over copies x counted tokens", True),
         "train/counted_tokens": Metric("tokens", "tokens of the global batch that count", True),
         "train/samples": Metric("rows", "rows taken so far", True),
-        "train/tokens": Metric("tokens", "counted tokens trained on so far", True),
+        "train/tokens": Metric(
+            "tokens", "counted tokens taken so far, those of skipped steps included", True
+        ),
         "train/epoch": Metric("epochs", "passes over the training data so far", True),
         "val/nelbo": Metric(
             "nats/token", "upper bound on the negative log-likelihood; exact for AR and block size 1", True

@@ -14,7 +14,7 @@ from bdtrain.checkpoint.files import FileActions
 from bdtrain.errors import ConfigError
 
 VARIABLE = "BDTRAIN_FAULT"
-PHASES = ("data", "forward", "backward", "step", "save", "validate")
+PHASES = ("data", "forward", "step", "save", "validate")
 KINDS = ("kill", "term", "stop", "exception", "nan_loss", "enospc", "slow")
 SLOW_S = 1.0
 

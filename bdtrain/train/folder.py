@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from bdtrain.checkpoint.communicator import Communicator
+from bdtrain.checkpoint.files import DISK
 from bdtrain.config import RunConfig, dump_resolved
 from bdtrain.config.resume import fixed_changes, fixed_settings
 from bdtrain.errors import CheckpointError, ConfigError
+from bdtrain.tracking.jsonl import last_attempt
 from bdtrain.train.run_lock import LOCK, RunLock
 from bdtrain.train.signals import EXIT, clear_exit
 
 RESOLVED = "config.yaml"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
 WEIGHTS = "checkpoint"
 
 
@@ -41,12 +44,14 @@ class RunFolder:
         run_uid: of the run, made once.
         attempt: number of this start, from 1.
         known: what run.json said before this attempt; None for a new run.
+        note: whose lock was taken over, None if the last owner left in order.
     """
 
     path: Path
     run_uid: str
     attempt: int
     known: dict[str, Any] | None
+    note: str | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -72,17 +77,21 @@ def claim_run_folder(config: RunConfig, communicator: Communicator, lock: RunLoc
     def look() -> dict[str, Any]:
         folder = Path(config.run.folder)
         _inspect(config, folder)
-        lock.acquire()
+        note = lock.acquire()
         known = _inspect(config, folder)
-        return {"known": known, "uid": known["run_uid"] if known else uuid.uuid4().hex}
+        # After a power failure the metrics file may know of an attempt that run.json forgot.
+        before = max(int(known["attempts"]) if known else 0, last_attempt(folder / METRICS))
+        uid = known["run_uid"] if known else uuid.uuid4().hex
+        return {"known": known, "uid": uid, "attempt": before + 1, "note": note}
 
     found = on_first_rank(communicator, look)
     known = found["known"]
     return RunFolder(
         path=Path(config.run.folder),
         run_uid=found["uid"],
-        attempt=1 if known is None else int(known["attempts"]) + 1,
+        attempt=found["attempt"],
         known=known,
+        note=found["note"],
     )
 
 
@@ -108,6 +117,9 @@ def begin_attempt(folder: RunFolder, config: RunConfig, facts: dict[str, Any]) -
         replace_file(folder.path / RESOLVED, dump_resolved(config))
         clear_exit(folder.path)
         folder.checkpoints.mkdir(exist_ok=True)
+        # The entries that hold everything else must survive a power failure too.
+        DISK.fsync(folder.path)
+        DISK.fsync(folder.path.parent)
     except OSError as error:
         raise ConfigError(
             f"run.folder={folder.path} cannot be written: {error.strerror or error}; make room, or choose "
@@ -131,6 +143,10 @@ def on_first_rank(communicator: Communicator, action: Callable[[], Any]) -> Any:
             outcome = {"value": action()}
         except (ConfigError, CheckpointError) as error:
             outcome = {"error": str(error), "checkpoint": isinstance(error, CheckpointError)}
+        except OSError as error:
+            where = error.filename or "a file"
+            text = f"{where}: {error.strerror or error}; look at its permissions and its disk"
+            outcome = {"error": text, "checkpoint": False}
     outcome = communicator.broadcast_object(outcome)
     if "error" in outcome:
         raise (CheckpointError if outcome["checkpoint"] else ConfigError)(outcome["error"])
@@ -151,6 +167,7 @@ def replace_file(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        DISK.fsync(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -166,7 +183,7 @@ def _inspect(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     try:
         # A folder in which nothing but a lock or an unfinished file lies is free.
         taken = folder.exists() and any(
-            path.name != LOCK and not path.name.startswith(f".tmp-{RUN}") for path in folder.iterdir()
+            not path.name.startswith((LOCK, f".tmp-{RUN}")) for path in folder.iterdir()
         )
     except NotADirectoryError as error:
         raise ConfigError(f"run.folder={folder} is a file; {another}") from error
@@ -182,6 +199,7 @@ def _inspect(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     try:
         known: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
         changes = fixed_changes(known["fixed_settings"], fixed_settings(config))
+        _ = known["run_uid"], int(known["attempts"]), known["tokenizer"], known["data_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / RUN} cannot be read ({error!r}); {another}") from error
     if changes:

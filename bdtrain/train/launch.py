@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -20,21 +19,28 @@ from bdtrain.config import RunConfig, check_paths
 from bdtrain.config.estimate import count_parameters
 from bdtrain.config.layout import Layout, resolve_layout
 from bdtrain.config.resume import changed_settings
-from bdtrain.errors import BdtrainError, NonFiniteError
+from bdtrain.errors import BdtrainError, CheckpointError, ConfigError, NonFiniteError
 from bdtrain.parallel.groups import destroy_groups, host_group, init_groups, read_launch
 from bdtrain.tracking.console import Console, format_count, format_seconds
 from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog, attempt_spans
 from bdtrain.tracking.mlflow import MlflowShipper
 from bdtrain.train.faults import Faults
-from bdtrain.train.folder import RunFolder, begin_attempt, claim_run_folder, leave_unstarted, on_first_rank
+from bdtrain.train.folder import (
+    METRICS,
+    RunFolder,
+    begin_attempt,
+    claim_run_folder,
+    leave_unstarted,
+    on_first_rank,
+    write_json,
+)
 from bdtrain.train.loop import RunSummary, Stopped, Trainer
 from bdtrain.train.progress import Progress
 from bdtrain.train.run_lock import RunLock
 from bdtrain.train.setup import Parts, build_parts, prepare_machine
 from bdtrain.train.signals import EXIT, StopRequest, write_exit
 
-METRICS = "metrics.jsonl"
 SHORT_DRAIN_S = 2.0
 """Time to ship the last metrics when the launcher is waiting with a kill."""
 
@@ -68,12 +74,14 @@ def train_from_config(
     with ExitStack() as stack:
         device = prepare_machine(config, launch)
         groups = init_groups(launch, tp=layout.tp, pp=layout.pp)
-        stack.callback(destroy_groups)
+        stack.push(_destroy)
         communicator = TorchCommunicator(host_group())
         if launch.rank == 0:
             stack.callback(leave_unstarted, folder)
             stack.callback(lock.release)
         claimed = claim_run_folder(config, communicator, lock)
+        if claimed.note is not None:
+            console.line(claimed.note)
         config, parts = build_parts(
             config,
             layout,
@@ -88,6 +96,10 @@ def train_from_config(
             config, layout, parts, claimed, goodput=goodput, stop=stop, faults=faults, stack=stack
         )
         return run_attempt(trainer, first=launch.rank == 0)
+
+
+def _destroy(kind: type[BaseException] | None, *_: object) -> None:
+    destroy_groups(failed=kind is not None)
 
 
 def start_attempt(
@@ -113,7 +125,7 @@ def start_attempt(
     progress = Progress()
     facts: dict[str, Any] = {}
     if found.newest is not None:
-        saved = TrainingState.open(found.newest)
+        saved = open_together(found.newest, communicator)
         progress, facts = restore(saved, config, parts, communicator)
         goodput.add_earlier(saved.state["goodput"], spans=attempt_spans(folder.path / METRICS))
         console.line(
@@ -128,14 +140,22 @@ def start_attempt(
         "data_fingerprint": dict(parts.loader.fingerprint),
     }
 
+    opened: list[MetricsLog] = []
+
     def begin() -> None:
         begin_attempt(folder, config, identity)
         clean_leftovers(folder.checkpoints)
+        try:
+            opened.append(stack.enter_context(MetricsLog(folder.path / METRICS, folder.attempt)))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{folder.path / METRICS} cannot be continued ({error}); mend the file, or choose another "
+                "run.folder"
+            ) from error
 
     on_first_rank(communicator, begin)
-    metrics = shipper = None
-    if communicator.rank == 0:
-        metrics = stack.enter_context(MetricsLog(folder.path / METRICS, folder.attempt))
+    metrics, shipper = (opened[0] if opened else None), None
+    if metrics is not None:
         if metrics.cut_bytes:
             console.line(f"{METRICS}: {metrics.cut_bytes} bytes of a line that a crash tore were cut")
         metrics.event("start", progress.step, **environment_facts(), world_size=layout.world_size, **facts)
@@ -156,6 +176,23 @@ def start_attempt(
         stop=stop,
         faults=faults,
     )
+
+
+def open_together(folder: Path, communicator: Communicator) -> TrainingState:
+    """Open a checkpoint on every rank, or raise the same error on all.
+
+    Raises:
+        CheckpointError: naming what any rank found.
+    """
+    saved, failure = None, None
+    try:
+        saved = TrainingState.open(folder)
+    except CheckpointError as error:
+        failure = str(error)
+    failures = [text for text in communicator.gather_objects(failure) if text is not None]
+    if failures or saved is None:
+        raise CheckpointError("; ".join(dict.fromkeys(failures)))
+    return saved
 
 
 def start_shipper(config: RunConfig, folder: RunFolder) -> MlflowShipper:
@@ -188,6 +225,19 @@ def restore(
     Returns:
         The counters, and what is to be said of it in the books.
     """
+    for name, now in parts.algorithms().items():
+        before = saved.state["algorithms"].get(name)
+        if before != now:
+            raise CheckpointError(
+                f"{saved.folder} was made with {name} {before!r}, this version has {now!r}; continue with "
+                "the version that made it, or start a new run"
+            )
+    progress = Progress.from_dict(saved.state["progress"])
+    if progress.step > config.train.steps:
+        raise ConfigError(
+            f"{saved.folder} is past train.steps={config.train.steps}; choose at least {progress.step}, or "
+            "start a new run"
+        )
     report = saved.load_into(parts.engine.fragments(), communicator)
     parts.engine.adopt_state(adam_step=int(saved.state["adam_step"]))
     facts: dict[str, Any] = {
@@ -199,7 +249,7 @@ def restore(
         parts.console.line("the checkpoint has no averaged weights: the average begins at its weights")
     if report.average_ignored:
         parts.console.line("the averaged weights of the checkpoint are left out: optim.ema_decay is null")
-    return Progress.from_dict(saved.state["progress"]), facts
+    return progress, facts
 
 
 def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
@@ -233,7 +283,7 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
         leave("nonfinite", "failed", resumable=True, exit_code=error.exit_code)
         ship(SHORT_DRAIN_S)
         raise
-    except (BdtrainError, OSError, RuntimeError) as error:
+    except Exception as error:
         code = error.exit_code if isinstance(error, BdtrainError) else 1
         leave("error", "failed", resumable=True, exit_code=code, error=str(error))
         ship(SHORT_DRAIN_S)
@@ -247,7 +297,10 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
         )
         return result
     if first:
-        write_summary(folder / SUMMARY, result)
+        try:
+            write_summary(folder / SUMMARY, result)
+        except OSError as error:
+            console.line(f"{SUMMARY} could not be written: {error.strerror or error}")
     leave("finished", "end", resumable=False, exit_code=0)
     ship(trainer.config.tracking.drain_timeout_s)
     console.line(f"time: {where_time_went(result.goodput)}")
@@ -304,4 +357,4 @@ def write_summary(path: Path, summary: RunSummary) -> None:
         "attempts": summary.attempts,
         "goodput": summary.goodput,
     }
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_json(path, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,8 +309,7 @@ class Trainer:
         if sample is not None and self.metrics is not None:
             line = {"step": step, "attempt": self.folder.attempt, **sample.to_dict()}
             try:
-                with (self.folder.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                append_line(self.folder.path / "samples.jsonl", json.dumps(line, ensure_ascii=False))
             except OSError as error:
                 self.console.line(f"the sample was not written: {error.strerror or error}")
         return likelihood
@@ -356,7 +356,7 @@ class Trainer:
                 keep_every_tokens=settings.keep_every_tokens,
                 trusted=newest,
             )
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             self.console.line(f"old checkpoints were not deleted: {error}")
 
     def save_or_go_on(self) -> None:
@@ -385,7 +385,9 @@ class Trainer:
         saved = self.save()
         folder = self.folder.path / WEIGHTS
         with self.goodput.during("checkpoint"):
-            on_first_rank(self.parts.communicator, lambda: export_weights(saved.folder, folder))
+            on_first_rank(
+                self.parts.communicator, lambda: export_weights(saved.folder, folder, verified=True)
+            )
         return folder
 
     def leave(self) -> Stopped:
@@ -430,3 +432,11 @@ class Trainer:
             },
             "goodput": self.goodput.to_dict(),
         }
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a line; one that a crash tore gets an end first."""
+    with path.open("a+b") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + text.encode() + b"\n")

@@ -80,7 +80,7 @@ class Progress:
         checkpoints_failed: saves that could not be completed.
         checkpoints_failed_in_a_row: since the last good one.
         validated: step of the last validation.
-        train_seconds: wall time of steps that count, over all attempts.
+        train_seconds: wall time of steps, skipped ones included, over all attempts that led here.
         window: steps since the last progress line.
     """
 

@@ -191,11 +191,20 @@ def prepare_machine(config: RunConfig, launch: Launch) -> torch.device:
                 "train.num_threads is for CPUs, and this machine trains on a GPU; leave it out (null), or "
                 "hide the GPU with CUDA_VISIBLE_DEVICES="
             )
-        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        # One visible device may be the scheduler's doing: each task then sees its own.
+        if 1 < count < launch.local_world_size:
+            raise ConfigError(
+                f"{launch.local_world_size} ranks on a machine with {count} GPUs; start at most {count} per "
+                "machine, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPUs"
+            )
+        device = torch.device("cuda", launch.local_rank % count)
     else:
         device = torch.device("cpu")
         share = max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
-        torch.set_num_threads(config.train.num_threads or int(os.environ.get("OMP_NUM_THREADS", share)))
+        said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        default = int(said) if said.isdecimal() and int(said) else share
+        torch.set_num_threads(config.train.num_threads or default)
     prepare_deepspeed()
     return device
 

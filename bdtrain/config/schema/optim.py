@@ -76,7 +76,10 @@ class OptimConfig(Section):
         "then a linear decay over the last decay_steps).",
     )
     warmup_steps: Int = setting(
-        0, unit="steps", description="Steps of the linear warm-up from 0 (the paper: 2500).", ge=0
+        0,
+        unit="steps",
+        description="Steps of the linear warm-up, the first at lr / warmup_steps (the paper: 2500).",
+        ge=0,
     )
     decay_steps: Int | None = setting(
         None, unit="steps", description="Length of the final decay; with schedule wsd only.", ge=1
@@ -141,7 +144,8 @@ class TrainConfig(Section):
     num_threads: Int | None = setting(
         None,
         unit="threads",
-        description="CPU threads of the arithmetic. null means the cores that the process may use.",
+        description="CPU threads of the arithmetic. null means OMP_NUM_THREADS, else this rank's share of "
+        "the machine's cores.",
         ge=1,
     )
     log_every_steps: Int = setting(10, unit="steps", description="Steps between two progress lines.", ge=1)

@@ -44,9 +44,9 @@ def test_parts_of_a_step_add_up_to_the_whole():
     assert parts["update without optimizer"] == 1.0
 
 
-def fragment(start, count):
+def fragment(start, count, name="head.weight"):
     tensors = {kind: torch.zeros(count) for kind in checkpoint_formats.KINDS}
-    return StateFragment("head.weight", (4, 5), None, 1, 0, 1, start, count, tensors)
+    return StateFragment(name, (4, 5), None, 1, 0, 1, start, count, tensors)
 
 
 def bench(*fragments):
@@ -56,7 +56,7 @@ def bench(*fragments):
 
 
 def test_a_kind_that_was_not_restored_is_named():
-    filled = bench(fragment(0, 7), fragment(7, 13))
+    filled = bench(fragment(0, 7), fragment(7, 13, "other.weight"))
     filled.fill()
     assert filled.wrong() == []
     filled.fragments[1].tensors["ema"][3] += 1

@@ -309,8 +309,6 @@ def test_an_infeasible_resampling_range_is_refused_when_the_config_is_read() -> 
         (["optim.schedule=cosine", "optim.decay_steps=5"], "optim.decay_steps"),
         (["validation.sample_method=first_hitting", "validation.sample_steps=4"], "validation.sample_steps"),
         (["parallel.sequence_parallel=true"], "parallel.sequence_parallel"),
-        (["checkpoint.keep_last=3"], "checkpoint.keep_last"),
-        (["checkpoint.keep_every_tokens=1e6"], "checkpoint.keep_every_tokens"),
         (["tracking.mlflow=false", "tracking.mlflow_uri=http://127.0.0.1:5000"], "tracking.mlflow_uri"),
         (["tracking.mlflow=false", "tracking.experiment=x"], "tracking.experiment"),
         (["tracking.mlflow=false", "tracking.drain_timeout_s=5"], "tracking.drain_timeout_s"),

@@ -39,12 +39,12 @@ def test_fault_happens_once_on_its_rank_in_its_phase_and_step():
 
 
 def test_full_disk_and_exception_are_raised():
-    ours = faults("0:1:save:enospc;0:2:backward:exception")
+    ours = faults("0:1:save:enospc;0:2:step:exception")
     with pytest.raises(OSError) as caught:
         ours.at("save", 1)
     assert caught.value.errno == errno.ENOSPC
-    with pytest.raises(RuntimeError, match="backward of step 2"):
-        ours.at("backward", 2)
+    with pytest.raises(RuntimeError, match="in step of step 2"):
+        ours.at("step", 2)
 
 
 def test_slow_step_takes_a_second():
