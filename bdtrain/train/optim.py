@@ -30,7 +30,8 @@ class AveragedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params: Iterable[Any], *, ema_decay: float | None, **adamw: Any) -> None:
-        super().__init__(params, **adamw)
+        # Fused: one pass over ZeRO's flat tensors, where torch's default makes eight.
+        super().__init__(params, fused=True, **adamw)
         self._ema_decay = ema_decay
 
     @torch.no_grad()
@@ -66,7 +67,7 @@ class AveragedAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if state:
             return
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         if self._ema_decay is not None:

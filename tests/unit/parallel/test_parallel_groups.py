@@ -16,9 +16,13 @@ def test_shim_is_not_installed_where_cuda_is(monkeypatch):
 
 
 def test_schedule_context_rewrites_the_literal_device_only():
+    from megatron.core.pipeline_parallel import schedules
+
     with cpu.schedule_device_context():
-        assert torch.zeros(1, device="cuda").device.type == "cpu"
-        assert torch.zeros(1, device="meta").device.type == "meta"
+        assert schedules.torch.zeros(1, device="cuda").device.type == "cpu"
+        assert schedules.torch.zeros(1, device="meta").device.type == "meta"
+        assert schedules.torch.ones is torch.ones
+    assert schedules.torch is torch
 
 
 def test_configuration_is_checked_without_torch():
