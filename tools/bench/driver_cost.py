@@ -412,12 +412,18 @@ def main() -> int:
         "--ranks", type=int, default=1, choices=(1, 2), help="processes (default: %(default)s)"
     )
     parser.add_argument("--zero-stage", type=int, default=1, help="of ours (default: %(default)s)")
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=Shape.micro_batches,
+        help="of a step and rank: more tokens for the same parameters (default: %(default)s)",
+    )
     options = parser.parse_args()
     # Waiting threads must sleep: on a shared machine they would be counted as work.
     if os.environ.get("OMP_WAIT_POLICY") != "passive" or os.environ.get("OMP_NUM_THREADS") != "1":
         os.environ.update(OMP_WAIT_POLICY="passive", OMP_NUM_THREADS="1")
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    shape = replace(Shape(), zero_stage=options.zero_stage)
+    shape = replace(Shape(), zero_stage=options.zero_stage, micro_batches=options.micro_batches)
     if options.ranks == 1:
         result = measure(shape, options.steps)
         report("one process", result)
