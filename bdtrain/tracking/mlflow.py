@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from bdtrain.tracking.jsonl import read_lines
 from bdtrain.tracking.spool import (
     LOG_FILE,
     METRICS_FILE,
@@ -195,8 +196,11 @@ class MlflowStore:
             experiment_id = self._client.create_experiment(
                 options.experiment, artifact_location=place, tags=dict(EXPERIMENT_TAGS)
             )
+        # When the run began, not when the store first answered.
+        began = next((event["time"] for _, event in read_lines(self._folder / METRICS_FILE)), time.time())
         run = self._client.create_run(
             experiment_id,
+            start_time=round(began * 1000),
             run_name=options.run_name,
             tags={"bdtrain.run_uid": options.run_uid.replace("'", "")},
         )
