@@ -248,7 +248,7 @@ def test_a_metrics_file_that_is_not_the_same_is_shipped_from_its_beginning(tmp_p
         ("http://user:p@4ss@host", "http://***@host"),
         ("https://token@host and https://b:c@d", "https://***@host and https://***@d"),
         ("postgresql://h/db?user=a&password=hunter2&x=1", "postgresql://h/db?user=a&password=***&x=1"),
-        ("sqlite:////work/a@b/mlflow.db", "sqlite:////work/a@b/mlflow.db"),
+        ("sqlite:////data/a@b/mlflow.db", "sqlite:////data/a@b/mlflow.db"),
     ],
 )
 def test_credentials_are_taken_out(text, clean):
