@@ -28,7 +28,12 @@ def parse() -> argparse.Namespace:
     add(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it"
     )
-    add("--valid-fraction", type=float, default=default.valid_fraction, help="share of documents held out")
+    add("--valid-input", nargs="+", default=[], help="the same for the held-out split")
+    add(
+        "--valid-fraction",
+        type=float,
+        help=f"share of documents held out (default: {default.valid_fraction:g}; 0 with --valid-input)",
+    )
     add("--text-field", default=default.text.text_field, help="key of the text in a line of .jsonl")
     add(
         "--text-suffix",
@@ -55,9 +60,10 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Parse, run, say what came out."""
     args = parse()
+    fraction = 0.0 if args.valid_input else PreprocessOptions().valid_fraction
     options = PreprocessOptions(
         text=TextOptions(args.text_field, args.document_separator, tuple(args.text_suffix)),
-        valid_fraction=args.valid_fraction,
+        valid_fraction=fraction if args.valid_fraction is None else args.valid_fraction,
         bos=args.bos,
         dtype=args.dtype,
         row_length=args.row_length,
@@ -68,7 +74,13 @@ def main() -> int:
     show = ProgressLine(quiet=args.quiet)
     try:
         summary = preprocess(
-            args.input, args.tokenizer, args.out, options=options, workers=args.workers, show=show
+            args.input,
+            args.tokenizer,
+            args.out,
+            valid_inputs=args.valid_input,
+            options=options,
+            workers=args.workers,
+            show=show,
         )
     except BdtrainError as error:
         print(f"error: {error}", file=sys.stderr)

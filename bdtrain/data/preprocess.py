@@ -12,7 +12,7 @@ import fcntl
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,7 +55,8 @@ class PreprocessOptions:
     Attributes:
         text: how documents are found.
         valid_fraction: share of documents held out, chosen by a hash of their text: equal documents fall on
-            the same side, in any order and any corpus. 0 makes no held-out split.
+            the same side, in any order and any corpus. 0 holds out none; with inputs of its own the held-out
+            split needs 0.
         bos: whether documents begin with BOS.
         dtype: ``uint16``, ``uint32`` or ``None`` for the smallest that fits.
         row_length: tokens per stored row.
@@ -135,8 +136,8 @@ class Summary:
     def describe(self) -> str:
         """One line for a person."""
         parts = [
-            f"{name} {split.documents} documents, {split.tokens} tokens, {split.rows} rows in "
-            f"{len(split.shards)} shards"
+            f"{name} {split.documents} documents, {split.text_bytes / 1e6:.1f} MB of text, {split.tokens} "
+            f"tokens, {split.rows} rows in {len(split.shards)} shards"
             for name, split in self.index.splits.items()
         ]
         kinds = [f"{count} {kind}" for kind, count in self.bad.items() if count]
@@ -159,6 +160,7 @@ def preprocess(
     tokenizer_path: str | Path,
     out: str | Path,
     *,
+    valid_inputs: Sequence[str] = (),
     options: PreprocessOptions | None = None,
     workers: int = 1,
     show: ProgressLine | None = None,
@@ -169,6 +171,7 @@ def preprocess(
         inputs: files, folders, patterns.
         tokenizer_path: model file.
         out: folder of the corpus.
+        valid_inputs: the same for the held-out split; empty holds out a share of ``inputs``.
         options: what the corpus shall be.
         workers: processes; the result does not depend on it.
         show: progress line.
@@ -184,14 +187,18 @@ def preprocess(
     tokenizer = Tokenizer.load(tokenizer_path)
     dtype = token_dtype(tokenizer.vocab_size, options.dtype)
     described = describe_inputs(find_inputs(inputs, options.text))
+    held_out = _describe_held_out(valid_inputs, described, options)
     tasks = plan_tasks(described, options.task_bytes)
     if not tasks:
         raise DataError(f"the corpus is empty: every file of --input {' '.join(inputs)} has 0 bytes")
+    first_held_out = len(tasks)
+    tasks += plan_tasks(held_out, options.task_bytes)
     config = {
         "format": FORMAT,
         "packing": PACKING,
         "tokenizer": tokenizer.sha256,
         "inputs": [list(entry) for entry in described],
+        **({"valid_inputs": [list(entry) for entry in held_out]} if held_out else {}),
         # Tolerance decides whether there is a corpus, not what is in it.
         "options": {key: value for key, value in asdict(options).items() if key != "max_bad_fraction"},
     }
@@ -201,7 +208,7 @@ def preprocess(
             _take_folder(out, config)
             if not (out / TOKENIZER_NAME).exists():
                 tokenizer.save(out / TOKENIZER_NAME)
-            job = _Job(out, tokenizer.sha256, options, str(dtype.str))
+            job = _Job(out, tokenizer.sha256, options, str(dtype.str), first_held_out)
             done = [number for number in range(len(tasks)) if _read_manifest(out, number) is not None]
             _run_tasks(job, tasks, set(done), workers, show or ProgressLine(quiet=True))
             return _finalize(job, tokenizer, len(tasks), len(done))
@@ -212,14 +219,43 @@ def preprocess(
         ) from error
 
 
+def _describe_held_out(
+    patterns: Sequence[str], train: Sequence[tuple[str, int, str]], options: PreprocessOptions
+) -> list[tuple[str, int, str]]:
+    """The files of the held-out split, none where a share of the others is held out.
+
+    Raises:
+        DataError: if both ways are asked for, or a file would be on both sides.
+    """
+    if not patterns:
+        return []
+    if options.valid_fraction:
+        raise DataError(
+            f"--valid-fraction {options.valid_fraction:g} and --valid-input both say what is held out; "
+            f"give one of them"
+        )
+    described = describe_inputs(find_inputs(patterns, options.text, option="--valid-input"))
+    # By content: the same file may have two names.
+    known = {(size, digest): name for name, size, digest in train if size}
+    for name, size, digest in described:
+        if (size, digest) in known:
+            raise DataError(
+                f"{name} of --valid-input is {known[size, digest]} of --input; leave it out of one of them"
+            )
+    if not any(size for _, size, _ in described):
+        raise DataError(f"every file of --valid-input {' '.join(patterns)} has 0 bytes")
+    return described
+
+
 @dataclass(frozen=True)
 class _Job:
-    """What a worker needs to know."""
+    """What a worker needs to know; tasks from ``first_held_out`` on are the held-out split."""
 
     out: Path
     tokenizer_sha256: str
     options: PreprocessOptions
     dtype: str
+    first_held_out: int
 
 
 @contextmanager
@@ -323,7 +359,8 @@ def run_task(
             content = document.text.encode()
             share = document_hash(content)
             lowest, highest = min(lowest, share), max(highest, share)
-            split = "valid" if share < options.valid_fraction else "train"
+            held_out = number >= job.first_held_out or share < options.valid_fraction
+            split = "valid" if held_out else "train"
             packers[split].add(tokenizer.encode(document.text), len(content))
             documents += 1
         closed = {split: packer.close() for split, packer in packers.items()}
@@ -378,7 +415,7 @@ def _finalize(job: _Job, tokenizer: Tokenizer, tasks: int, done_before: int) -> 
     finished = [manifest for manifest in manifests if manifest is not None]
     assert len(finished) == tasks, "a task ended without its manifest"
     bad = {kind: sum(manifest.bad[kind] for manifest in finished) for kind in FAULTS}
-    _check_totals(finished, bad, options)
+    _check_totals(finished, bad, options, held_out=job.first_held_out < tasks)
     splits = {
         split: Split.of(tuple(m.shards[split] for m in finished if split in m.shards)) for split in SPLITS
     }
@@ -399,8 +436,10 @@ def _finalize(job: _Job, tokenizer: Tokenizer, tasks: int, done_before: int) -> 
     return Summary(index=index, bad=bad, tasks=tasks, tasks_done_before=done_before)
 
 
-def _check_totals(manifests: list[Manifest], bad: dict[str, int], options: PreprocessOptions) -> None:
-    """Refuse a corpus that is empty, too faulty, or lacks a split."""
+def _check_totals(
+    manifests: list[Manifest], bad: dict[str, int], options: PreprocessOptions, *, held_out: bool
+) -> None:
+    """Refuse a corpus that is empty, too faulty, or lacks a split (``held_out``: that has its own inputs)."""
     documents = sum(manifest.documents for manifest in manifests)
     faulty = sum(bad.values())
     first_bad = next((manifest.first_bad for manifest in manifests if manifest.first_bad), None)
@@ -412,9 +451,12 @@ def _check_totals(manifests: list[Manifest], bad: dict[str, int], options: Prepr
         )
     if documents == 0:
         raise DataError("the corpus is empty: the input holds no document with any text; check --input")
+    present = {split for manifest in manifests for split in manifest.shards}
+    for split, option in (("train", "--input"), ("valid", "--valid-input")):
+        if held_out and split not in present:
+            raise DataError(f"{option} holds no document with any text; give another and another --out")
     if options.valid_fraction == 0:
         return
-    present = {split for manifest in manifests for split in manifest.shards}
     if "valid" not in present:
         least = min(manifest.lowest_hash for manifest in manifests)
         raise DataError(

@@ -78,11 +78,11 @@ class Document:
     place: str
 
 
-def find_inputs(patterns: Sequence[str], options: TextOptions) -> list[Path]:
+def find_inputs(patterns: Sequence[str], options: TextOptions, *, option: str = "--input") -> list[Path]:
     """Files named by paths, folders and glob patterns, in a fixed order, each once.
 
     A folder gives all files under it with a known ending; a file that is named directly may have any ending
-    and is plain text unless it ends in ``.jsonl`` or ``.jsonl.gz``.
+    and is plain text unless it ends in ``.jsonl`` or ``.jsonl.gz``. ``option`` names the patterns in errors.
 
     Raises:
         DataError: if a pattern matches nothing, or a file is of a kind that cannot be read.
@@ -102,8 +102,8 @@ def find_inputs(patterns: Sequence[str], options: TextOptions) -> list[Path]:
                 files.append(match)
         if not files:
             raise DataError(
-                f"--input {pattern}: no such file, or a folder without files ending in {', '.join(endings)}; "
-                f"give files, folders or quoted patterns"
+                f"{option} {pattern}: no such file, or a folder without files ending in "
+                f"{', '.join(endings)}; give files, folders or quoted patterns"
             )
         found.update((str(file), None) for file in sorted(files))
     paths = [Path(name) for name in found]

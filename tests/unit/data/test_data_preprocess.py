@@ -220,6 +220,54 @@ def test_a_split_without_documents_is_refused_with_a_fraction_that_works(
     assert list(none.index.splits) == ["train"]
 
 
+def test_held_out_files_of_their_own_are_the_valid_split_and_nothing_else_is(
+    source: Path, tokenizer_path: Path, tmp_path: Path, texts: list[str], write_jsonl: Callable[..., Path]
+) -> None:
+    held_out = [f"held out {number} of the texts" for number in range(300)]
+    other = write_jsonl(tmp_path / "valid.jsonl", held_out)
+    options = replace(SMALL, valid_fraction=0)
+    for folder, workers in (("one", 1), ("two", 2)):
+        preprocess(
+            [str(source)],
+            tokenizer_path,
+            tmp_path / folder,
+            valid_inputs=[str(other)],
+            options=options,
+            workers=workers,
+        )
+    assert read_split(tmp_path / "one", "train") == texts
+    assert read_split(tmp_path / "one", "valid") == held_out
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    # The held-out files are part of what the corpus is.
+    other.write_text(json.dumps({"text": "something else"}) + "\n")
+    with pytest.raises(DataError, match="was begun with other valid_inputs"):
+        preprocess(
+            [str(source)], tokenizer_path, tmp_path / "one", valid_inputs=[str(other)], options=options
+        )
+
+
+def test_held_out_files_that_cannot_be_held_out_are_refused(
+    source: Path, tokenizer_path: Path, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    same = tmp_path / "copy.jsonl"
+    same.write_bytes(source.read_bytes())
+    other = write_jsonl(tmp_path / "valid.jsonl", ["another text"])
+    blank = write_jsonl(tmp_path / "blank.jsonl", [""])
+    (tmp_path / "empty.jsonl").touch()
+    zero = replace(SMALL, valid_fraction=0)
+    for valid, options, message in (
+        (same, zero, r"copy.jsonl of --valid-input is \S*in.jsonl of --input; leave it out"),
+        (other, SMALL, "--valid-fraction 0.15 and --valid-input both say what is held out; give one"),
+        (tmp_path / "none.jsonl", zero, r"--valid-input \S*none.jsonl: no such file"),
+        (tmp_path / "empty.jsonl", zero, "every file of --valid-input .* has 0 bytes"),
+        (blank, zero, "--valid-input holds no document with any text"),
+    ):
+        with pytest.raises(DataError, match=message):
+            preprocess(
+                [str(source)], tokenizer_path, tmp_path / "out", valid_inputs=[str(valid)], options=options
+            )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
