@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         "--batch-size", type=positive_int, help="rows per forward pass; four micro-batches if left out"
     )
     parser.add_argument(
-        "--baselines", action="store_true", help="also unigram, bigram and gzip on the same text"
+        "--baselines", action="store_true", help="also unigram, bigram (fitted on the corpus) and gzip"
     )
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args(arguments)

@@ -125,7 +125,7 @@ def build_validation(
         cfg: the ``data`` section.
         seed: the run's seed; it matters to the synthetic source only.
         split: which split to read in order.
-        max_sequences: only the first so many rows.
+        max_sequences: only so many rows, spread evenly.
     """
     return ValidationSet(build_source(cfg, split=split, seed=seed), max_sequences=max_sequences)
 
@@ -143,7 +143,7 @@ def iter_validation(
     Args:
         cfg: the ``data`` section.
         split: which split to read in order.
-        max_sequences: only the first so many rows.
+        max_sequences: only so many rows, spread evenly.
         batch_size: rows per batch; the last one may have fewer.
         seed: the run's seed; it matters to the synthetic source only.
     """

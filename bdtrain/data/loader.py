@@ -202,14 +202,19 @@ class Loader:
 
 
 class ValidationSet:
-    """The held-out rows in stored order, each once."""
+    """Held-out rows in stored order, each at most once.
+
+    Attributes:
+        numbers: of the rows in the split; where not all are taken they are spread evenly, since neighbours
+            are of one text.
+    """
 
     def __init__(self, source: Source, *, max_sequences: int | None = None) -> None:
         """Choose the rows.
 
         Args:
             source: the held-out split.
-            max_sequences: only the first so many; ``None`` is all.
+            max_sequences: only so many; ``None`` is all.
 
         Raises:
             ConfigError: if ``max_sequences`` is below 1.
@@ -219,6 +224,9 @@ class ValidationSet:
         self.fingerprint: Fingerprint = source.fingerprint
         self.tokenizer_info: TokenizerInfo = source.tokenizer_info
         self.num_sequences = min(source.num_samples, max_sequences or source.num_samples)
+        self.numbers = tuple(
+            place * source.num_samples // self.num_sequences for place in range(self.num_sequences)
+        )
         self._source = source
         self._byte_lengths = torch.from_numpy(source.byte_lengths)
 
@@ -240,7 +248,8 @@ class ValidationSet:
             count = -(-min(stride, self.num_sequences - start) // dp_size)
             indices = [dp_rank + turn * dp_size for turn in range(count)]
             numbers = [
-                start + index if start + index < self.num_sequences else FILLER_INDEX for index in indices
+                self.numbers[start + index] if start + index < self.num_sequences else FILLER_INDEX
+                for index in indices
             ]
             padding = np.full(self._source.seq_len, self.tokenizer_info.pad_id, dtype=np.int64)
             rows = [padding if number == FILLER_INDEX else self._source.row(number) for number in numbers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,11 @@ class Evaluator:
         self._rows = ValidationSet(source, max_sequences=config.validation.sequences)
         self._token_bytes = torch.from_numpy(source.byte_lengths) if config.data.kind == "corpus" else None
         self._objective = build_objective(config, source.tokenizer_info, reported_plan(config))
+
+    @property
+    def row_numbers(self) -> tuple[int, ...]:
+        """Which rows of the source are measured."""
+        return self._rows.numbers
 
     def likelihood(self, model: TwoStreamTransformer) -> Likelihood:
         """NELBO, perplexity and bits per byte with their errors."""
@@ -188,20 +194,20 @@ def evaluate_saved(
     Args:
         checkpoint: model folder.
         data: corpus folder; the run's own if None.
-        text: a UTF-8 file instead of a corpus.
+        text: a UTF-8 file instead of a corpus' split.
         split: of the corpus.
         sequences: rows to use, all if None.
         replicates: draws of the noise per row.
         seed: of the noise; the run's if None.
         batch_size: rows per forward pass; four micro-batches of the run if None.
-        baselines: also unigram, bigram and gzip.
+        baselines: also gzip, and unigram and bigram fitted on the training split of the corpus.
 
     Raises:
         BdtrainError: for a damaged checkpoint or corpus, or a corpus of another tokenizer.
     """
-    if text is not None and (data is not None or baselines):
+    if text is not None and data is not None and not baselines:
         raise DataError(
-            "--text stands instead of a corpus; leave out --data, and --baselines, which needs training text"
+            "--text stands instead of a corpus; leave out --data, or add --baselines, which are fitted on it"
         )
     saved, model = load_saved(checkpoint)
     config = saved.config
@@ -218,9 +224,9 @@ def evaluate_saved(
     likelihood = evaluator.likelihood(model)
     compared = None
     if baselines:
-        train_source = build_source(section, split="train", seed=config.run.seed)
+        train_source = _open_corpus(saved, section, split="train")
         tokenizer = Tokenizer.load(Path(str(section.path)) / "tokenizer.model")
-        compared = compare_baselines(source, train_source, tokenizer, sequences=sequences)
+        compared = compare_baselines(source, train_source, tokenizer, rows=evaluator.row_numbers)
     return SavedEvaluation(
         likelihood=likelihood,
         baselines=compared,
@@ -251,6 +257,11 @@ def _evaluation_source(saved: SavedModel, section: DataConfig, *, text: Path | N
                 f"{saved.folder} was trained on synthetic data and has no tokenizer to read {text} with"
             )
         return TextSource(text, Tokenizer.load(saved.tokenizer), seq_len=section.seq_len)
+    return _open_corpus(saved, section, split=split)
+
+
+def _open_corpus(saved: SavedModel, section: DataConfig, *, split: str) -> Source:
+    """A split of a corpus that was made with the model's tokenizer."""
     source = build_source(section, split=split, seed=saved.config.run.seed)
     ours, theirs = str(saved.facts["tokenizer"]["sha256"]), source.tokenizer_info.sha256
     if ours != theirs:
@@ -263,18 +274,17 @@ def _evaluation_source(saved: SavedModel, section: DataConfig, *, text: Path | N
 
 
 def compare_baselines(
-    held_out: Source, train: Source, tokenizer: Tokenizer, *, sequences: int | None
+    held_out: Source, train: Source, tokenizer: Tokenizer, *, rows: Sequence[int]
 ) -> Baselines:
-    """Baselines on the rows that were evaluated, fitted on the training split of the same corpus.
+    """Baselines on the rows that were evaluated, fitted on training rows.
 
     Args:
         held_out: the rows, in order.
         train: what the models are fitted on, up to ``BASELINE_TOKENS`` tokens of it.
         tokenizer: of both.
-        sequences: rows of ``held_out`` that were evaluated, all if None.
+        rows: numbers of the rows of ``held_out`` that were evaluated.
     """
-    rows = min(held_out.num_samples, sequences or held_out.num_samples)
-    tokens = np.concatenate([_real(held_out.row(number), tokenizer) for number in range(rows)])
+    tokens = np.concatenate([_real(held_out.row(number), tokenizer) for number in rows])
     fitted = min(train.num_samples, -(-BASELINE_TOKENS // train.seq_len))
     return measure_baselines(
         (_real(train.row(number), tokenizer) for number in range(fitted)),

@@ -18,7 +18,10 @@ class ValidationConfig(Section):
     )
     at_start: bool = setting(True, unit=NO_UNIT, description="Validate before the first step.")
     sequences: Int | None = setting(
-        None, unit="rows", description="Rows of the validation split to use. null means all.", ge=1
+        None,
+        unit="rows",
+        description="Rows of the validation split to use, spread evenly over it. null means all.",
+        ge=1,
     )
     replicates: Int = setting(
         2,

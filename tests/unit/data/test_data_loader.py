@@ -188,6 +188,8 @@ def test_validation_reads_each_row_once_in_order_and_its_bytes_are_the_texts(
     assert sum(int(batch.counted.sum()) for batch in batches) == split.tokens
     three = build_validation(settings, seed=7, max_sequences=3)
     assert [len(batch.tokens) for batch in three.batches(2)] == [2, 1]
+    chosen = torch.cat([batch.sample_index for batch in three.batches(2)]).tolist()
+    assert chosen == list(three.numbers) == [0, split.rows // 3, 2 * split.rows // 3]
 
 
 def test_validation_over_ranks_reads_the_same_rows_in_equal_numbers(settings: Settings) -> None:
@@ -205,7 +207,7 @@ def test_validation_over_ranks_reads_the_same_rows_in_equal_numbers(settings: Se
                     assert not counted.any() and (documents == -1).all()
                 else:
                     rows[number] = tokens
-    assert torch.equal(torch.stack([rows[number] for number in range(7)]), whole)
+    assert torch.equal(torch.stack([rows[number] for number in held.numbers]), whole)
 
 
 def test_a_fingerprint_survives_json_and_other_data_are_refused_by_name(
