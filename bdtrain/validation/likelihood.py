@@ -57,7 +57,8 @@ class Likelihood:
         text_bytes: UTF-8 bytes they decode to; None without a tokenizer.
         sequences: rows measured.
         text_units: independent parts of the text.
-        text_unit: "document", or "row" when there are fewer than ten documents.
+        text_unit: "document"; "part" of a document where rows between them were left out; "row" when there
+            are fewer than ten of either.
         replicates: draws of the noise per row.
         exact: whether ``nelbo`` is the negative log-likelihood itself.
         seconds: wall time.
@@ -230,6 +231,8 @@ class _Sums:
         self._row_tokens: list[Tensor] = []
         self._documents: dict[int, list[float]] = {}  # number -> [loss of the mean draw, counted tokens]
         self._next_document = 0
+        self._next_row: int | None = None
+        self._gaps = False
         self._bytes = 0
 
     def add(self, batch: Batch, counted: Tensor, losses: Tensor, token_bytes: Tensor | None) -> None:
@@ -259,12 +262,19 @@ class _Sums:
             entry[1] += tokens
 
     def _number_documents(self, batch: Batch) -> Tensor:
-        """Number of each token's document in the whole text, int64 [batch, seq]; -1 for padding."""
+        """Number of each token's document in the whole text, int64 [batch, seq]; -1 for padding.
+
+        What follows a row that was left out counts as another document.
+        """
         numbers = batch.documents.long()
-        for row, tokens in zip(numbers, batch.tokens, strict=True):
+        for row, tokens, place in zip(numbers, batch.tokens, batch.sample_index.tolist(), strict=True):
             real = row >= 0
             if not real.any():
                 continue
+            if self._next_row is not None and place != self._next_row:
+                self._gaps = True
+                self._next_document += 1
+            self._next_row = place + 1
             row[real] += self._next_document
             # The row's last document goes on in the next row, unless EOS or padding ended it.
             ended = not bool(real[-1]) or int(tokens[-1]) == self._eos_id
@@ -286,7 +296,7 @@ class _Sums:
         # upper estimate.
         noise_variance = 0.0 if self._draws == 1 else float(rows.var(dim=0).sum() / self._draws / tokens**2)
         if len(self._documents) >= MIN_DOCUMENTS:
-            unit = "document"
+            unit = "part" if self._gaps else "document"
             sums, sizes = torch.tensor(list(self._documents.values()), dtype=torch.float64).unbind(dim=1)
         else:
             unit, sums, sizes = "row", rows.mean(dim=0), row_tokens

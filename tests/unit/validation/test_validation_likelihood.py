@@ -128,6 +128,23 @@ def test_documents_are_numbered_through_the_whole_text():
     assert (numbers[len(wanted) :] == -1).all()
 
 
+def test_a_row_that_was_left_out_parts_the_text(groups):
+    (row,) = stream_batches([[7] * (6 * SEQ)], batch_size=6)[:1]
+    kept = [row.tokens[[0, 1, 4]], row.documents[[0, 1, 4]], row.counted[[0, 1, 4]]]
+    batch = Batch(*kept, row.sample_index[[0, 1, 4]], row.batch_index[:3])
+    numbers = _Sums(1, EOS)._number_documents(batch)
+    # Neighbours stay one part of the document; what follows the gap is another.
+    assert numbers[0].unique().tolist() == numbers[1].unique().tolist() != numbers[2].unique().tolist()
+    model = build_model(tiny_model_config(), pg_collection=groups, mask_id=MASK)
+    (rows,) = stream_batches([[7] * (40 * SEQ - 1)], batch_size=40)
+    spread = torch.arange(0, 40, 3)
+    sparse = Batch(
+        *(x[spread] for x in (rows.tokens, rows.documents, rows.counted, rows.sample_index)), spread
+    )
+    found = measure(model, [sparse])
+    assert (found.text_units, found.text_unit) == (14, "part")
+
+
 def test_text_without_a_token_is_refused(groups):
     model = build_model(tiny_model_config(), pg_collection=groups, mask_id=MASK)
     empty = Batch(
