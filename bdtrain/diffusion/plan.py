@@ -1,7 +1,8 @@
 """NoisePlan: which noise levels training (or an evaluation) draws and how it weighs them.
 
-A plan is plain data: it goes into the config and the checkpoint as a dictionary. ``compile`` turns it into
-tables on the host, in float64; ``bdtrain/diffusion/levels.py`` draws from them.
+A plan is plain data: it goes into the config and the checkpoint as a dictionary.
+``bdtrain/diffusion/tables.py`` compiles it into tables on the host, in float64;
+``bdtrain/diffusion/levels.py`` draws from them.
 """
 
 from __future__ import annotations
@@ -9,14 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bdtrain.diffusion import keyed
 from bdtrain.diffusion.schedule import REFERENCE_EPSILON, SCHEDULES, Schedule, get_schedule
 from bdtrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from bdtrain.diffusion.tables import PlanTables
 
 PLAN_VERSION = 1
 KINDS = ("count", "bernoulli")
@@ -135,12 +133,6 @@ class NoisePlan:
     def with_block_size(self, block_size: int) -> NoisePlan:
         """The same plan for another block size."""
         return replace(self, block_size=block_size)
-
-    def compile(self) -> PlanTables:
-        """The tables cdf_n[k] and weight_n[k] for n = 1..block_size, on the host in float64."""
-        from bdtrain.diffusion.tables import compile_tables
-
-        return compile_tables(self)
 
 
 def evaluation_plan(block_size: int, *, kind: str = "count") -> NoisePlan:

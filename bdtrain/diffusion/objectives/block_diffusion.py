@@ -12,7 +12,7 @@ from bdtrain.diffusion.levels import draw_noise
 from bdtrain.diffusion.objectives.base import Corrupted
 from bdtrain.diffusion.objectives.vocab import VocabView
 from bdtrain.diffusion.plan import NoisePlan
-from bdtrain.diffusion.tables import PlanTables
+from bdtrain.diffusion.tables import PlanTables, compile_tables
 from bdtrain.diffusion.visibility import BlockLayout, build_layout
 from bdtrain.errors import ConfigError
 
@@ -49,7 +49,7 @@ class BlockDiffusion:
                 f"mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size}; "
                 "use the id of the tokenizer's [MASK]"
             )
-        object.__setattr__(self, "_tables", self.plan.compile())
+        object.__setattr__(self, "_tables", compile_tables(self.plan))
 
     @property
     def tables(self) -> PlanTables:

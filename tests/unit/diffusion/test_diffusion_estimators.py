@@ -16,6 +16,7 @@ import torch
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
 from bdtrain.diffusion.levels import draw_noise
 from bdtrain.diffusion.plan import NoisePlan, evaluation_plan
+from bdtrain.diffusion.tables import compile_tables
 from bdtrain.diffusion.visibility import build_layout
 
 BLOCK = 4
@@ -53,7 +54,7 @@ def enumerated_objective(n, low, high, weighting, chance, weight, resample=False
 
 def by_tables(plan, n) -> float:
     """The objective from the compiled tables and the exact mean over k-subsets."""
-    tables = plan.compile()
+    tables = compile_tables(plan)
     losses = subset_losses(n)
     q, w = tables.probability(n).tolist(), tables.weight(n).tolist()
     mean = [np.mean([v for bits, v in losses.items() if sum(bits) == k]) for k in range(1, n + 1)]
@@ -72,7 +73,7 @@ def by_draws(plan, n, rows=2048) -> tuple[float, float]:
         layout,
         maskable,
         plan,
-        plan.compile(),
+        compile_tables(plan),
         mask_id=MASK,
         key=NoiseKey(5, Purpose.TRAIN, 1),
         sample_index=index,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bdtrain.diffusion.plan import NoisePlan, evaluation_plan, full_masking_plan
+from bdtrain.diffusion.tables import compile_tables
 from bdtrain.errors import ConfigError
 
 RANGES = [None, (0.0, 0.5), (0.3, 0.8), (0.45, 0.95), (0.5, 1.0), (0.001, 1.0)]
@@ -39,7 +40,7 @@ def test_tables_of_every_block_length_are_the_exact_rational_ones(clip_range, bl
     plans = {
         w: NoisePlan(block_size, clip_range=clip_range, weighting=w) for w in ("elbo", "reference", "flat")
     }
-    tables = {w: plan.compile() for w, plan in plans.items()}
+    tables = {w: compile_tables(plan) for w, plan in plans.items()}
     for n in {1, 2, block_size // 2, block_size - 1, block_size} - {0}:
         if n > block_size:
             continue
@@ -61,14 +62,14 @@ def test_far_tails_keep_their_relative_precision():
     beta, omega = Fraction(3, 10), Fraction(4, 5)
     chance = (omega ** (n + 1) - beta ** (n + 1)) / ((n + 1) * (omega - beta))
     coefficient = (omega**n - beta**n) / n
-    table = NoisePlan(n, clip_range=(0.3, 0.8), weighting="flat").compile()
+    table = compile_tables(NoisePlan(n, clip_range=(0.3, 0.8), weighting="flat"))
     assert table.coefficient(n)[-1].item() == pytest.approx(float(chance), rel=1e-9)
-    weight = NoisePlan(n, clip_range=(0.3, 0.8)).compile().weight(n)[-1].item()
+    weight = compile_tables(NoisePlan(n, clip_range=(0.3, 0.8))).weight(n)[-1].item()
     assert weight == pytest.approx(float(coefficient / chance), rel=1e-9)
 
 
 def test_the_full_range_draws_counts_uniformly_with_weight_n_over_k():
-    tables = evaluation_plan(12).compile()
+    tables = compile_tables(evaluation_plan(12))
     for n in range(1, 13):
         k = np.arange(1, n + 1)
         np.testing.assert_allclose(tables.probability(n), np.full(n, 1 / n), rtol=1e-11)
@@ -90,7 +91,7 @@ CHANCES = {
 
 @pytest.mark.parametrize("schedule", CHANCES)
 def test_other_schedules_change_how_counts_are_drawn_but_not_the_objective(schedule):
-    tables = NoisePlan(7, schedule=schedule).compile()
+    tables = compile_tables(NoisePlan(7, schedule=schedule))
     t, step = midpoints(0.0, 1.0)
     p = CHANCES[schedule](t)
     for n in (1, 3, 7):
@@ -122,7 +123,7 @@ def test_reference_schedules_integrate_their_own_weight_over_an_interval_of_t(
     schedule, chance, weight, clip_range
 ):
     low, high = clip_range
-    tables = NoisePlan(5, schedule=schedule, clip_range=clip_range, weighting="reference").compile()
+    tables = compile_tables(NoisePlan(5, schedule=schedule, clip_range=clip_range, weighting="reference"))
     t, step = midpoints(low, high)
     p, step = chance(t), step / (high - low)
     w = weight(t, p)
@@ -139,7 +140,7 @@ def test_reference_schedules_integrate_their_own_weight_over_an_interval_of_t(
 def test_resampling_conditions_each_time_on_feasible_counts(clip_range, weighting):
     low, high = clip_range
     plan = NoisePlan(9, clip_range=clip_range, weighting=weighting, resample=True)
-    tables = plan.compile()
+    tables = compile_tables(plan)
     t, _ = midpoints(low, high, 50_000)
     for n in (2, 5, 9):
         counts = np.arange(n + 1)
@@ -159,8 +160,8 @@ def test_resampling_conditions_each_time_on_feasible_counts(clip_range, weightin
 
 def test_a_short_block_without_a_feasible_count_takes_the_plain_plan():
     clip_range = (0.3, 0.8)
-    resampled = NoisePlan(4, clip_range=clip_range, resample=True).compile()
-    plain = NoisePlan(4, clip_range=clip_range).compile()
+    resampled = compile_tables(NoisePlan(4, clip_range=clip_range, resample=True))
+    plain = compile_tables(NoisePlan(4, clip_range=clip_range))
     assert resampled.resampled.tolist() == [False, False, True, True, True]
     assert torch.equal(resampled.weight(1), plain.weight(1))
     assert torch.equal(resampled.cdf(1), plain.cdf(1))
@@ -168,7 +169,7 @@ def test_a_short_block_without_a_feasible_count_takes_the_plain_plan():
 
 def test_full_masking_masks_all_with_weight_1_under_every_weighting():
     for weighting in ("elbo", "reference", "flat"):
-        tables = NoisePlan(5, clip_range=(1.0, 1.0), weighting=weighting).compile()
+        tables = compile_tables(NoisePlan(5, clip_range=(1.0, 1.0), weighting=weighting))
         for n in range(1, 6):
             assert tables.probability(n).tolist() == [0.0] * (n - 1) + [1.0]
             assert tables.weight(n)[-1] == 1.0
@@ -177,8 +178,8 @@ def test_full_masking_masks_all_with_weight_1_under_every_weighting():
 
 def test_a_density_over_counts_is_drawn_and_divided_out():
     density = (4.0, 1.0, 1.0, 2.0)
-    fitted = NoisePlan(4, clip_range=(0.3, 0.8), density=density).compile()
-    plain = NoisePlan(4, clip_range=(0.3, 0.8)).compile()
+    fitted = compile_tables(NoisePlan(4, clip_range=(0.3, 0.8), density=density))
+    plain = compile_tables(NoisePlan(4, clip_range=(0.3, 0.8)))
     np.testing.assert_allclose(fitted.probability(4), np.array(density) / 8.0, rtol=1e-13)
     # Half as many tokens: the bins pair up.
     np.testing.assert_allclose(fitted.probability(2), [5 / 8, 3 / 8], rtol=1e-13)
@@ -187,7 +188,7 @@ def test_a_density_over_counts_is_drawn_and_divided_out():
 
 
 def test_counts_are_the_inverse_of_the_cdf_by_linear_search():
-    tables = NoisePlan(6, clip_range=(0.2, 0.9)).compile()
+    tables = compile_tables(NoisePlan(6, clip_range=(0.2, 0.9)))
     u = torch.linspace(0, 1 - 2**-53, 301, dtype=torch.float64)
     for n in range(7):
         k, weight = tables.draw(u, torch.tensor(n))
@@ -201,7 +202,7 @@ def test_counts_are_the_inverse_of_the_cdf_by_linear_search():
 
 
 def test_evaluation_at_block_size_1_is_full_masking_with_weight_1():
-    tables = evaluation_plan(1).compile()
+    tables = compile_tables(evaluation_plan(1))
     assert tables.cdf(1).tolist() == [1.0]
     assert tables.weight(1).item() == pytest.approx(1.0, rel=1e-15)
 
