@@ -15,7 +15,7 @@ from bdtrain.config.estimate import (
     estimate_memory,
 )
 from bdtrain.config.explain import explain
-from bdtrain.config.layout import Layout, resolve_layout, resolve_micro_batch_size, validate_layout
+from bdtrain.config.layout import Layout, resolve_layout, resolve_micro_batch_size
 from bdtrain.config.loader import LoadedConfig, config_sha256, dump_resolved, load_config
 from bdtrain.config.resume import changed_settings, fixed_changes, fixed_settings
 from bdtrain.config.schema import (
@@ -73,5 +73,4 @@ __all__ = [
     "resolve_micro_batch_size",
     "summarise",
     "summarise_layout",
-    "validate_layout",
 ]

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from bdtrain.config.checks import check_paths
+from bdtrain.config.checks import absent_paths, check_paths
 from bdtrain.config.explain import explain
 from bdtrain.config.layout import resolve_layout
 from bdtrain.config.loader import LoadedConfig, load_config
 from bdtrain.config.problems import config_error
 from bdtrain.config.schema import RunConfig
-from bdtrain.config.summary import summarise, summarise_layout
+from bdtrain.config.summary import summarise, summarise_layout, summarise_time
 from bdtrain.errors import ConfigError
 
 EXAMPLES = """\
@@ -23,7 +23,7 @@ examples:
   %(prog)s --config configs/run/quickstart.yaml
   %(prog)s --config configs/run/quickstart.yaml optim.lr=1e-3 train.steps=500 "optim.betas=[0.9,0.95]"
   %(prog)s --config configs/run/quickstart.yaml --check              validate and show sizes, start nothing
-  %(prog)s --config configs/run/quickstart.yaml --check --nodes 2 --gpus 8      the same for 16 ranks
+  %(prog)s --config configs/run/quickstart.yaml --check --nodes 2 --gpus 8      plan for 16 ranks elsewhere
   %(prog)s --config configs/run/quickstart.yaml --explain optim.lr   what it is, its value, where that came
   from %(prog)s --explain diffusion                                       the settings of a section
 
@@ -118,9 +118,7 @@ def parse_command_line(
     if options.explain is not None:
         _print(explain(options.explain, loaded), rank)
     if options.check:
-        layout = resolve_layout(loaded.config, _checked_world_size(options, started))
-        check_paths(loaded.config)
-        _print(f"{summarise(loaded.config)}\n{summarise_layout(loaded.config, layout)}", rank)
+        _print(_checked(loaded.config, options, started), rank)
     finished = bool(options.check or options.explain is not None)
     return CommandLine(loaded, finished=finished, local_rank=options.local_rank)
 
@@ -139,7 +137,10 @@ def _parser(description: str) -> _Parser:
     )
     parser.add_argument("--check", action="store_true", help="validate and print the sizes; start nothing")
     parser.add_argument(
-        "--nodes", type=positive_int, metavar="N", help="with --check: machines to lay the run out on"
+        "--nodes",
+        type=positive_int,
+        metavar="N",
+        help="with --check: plan for N machines; files that are not on this one are noted, not refused",
     )
     parser.add_argument(
         "--gpus", type=positive_int, metavar="M", help="with --check: ranks per machine (GPUs, or processes)"
@@ -180,6 +181,18 @@ def _refuse_size_without_check(options: argparse.Namespace) -> None:
     if given and not options.check:
         hint = "the launcher says how many ranks a run has (deepspeed --num_gpus 2, srun --ntasks 2)"
         raise config_error([f"{name} is for --check only; {hint}" for name in given])
+
+
+def _checked(config: RunConfig, options: argparse.Namespace, started: int) -> str:
+    """What ``--check`` prints. With a size it is a plan, perhaps for another machine."""
+    layout = resolve_layout(config, _checked_world_size(options, started))
+    lines = [summarise(config), summarise_layout(config, layout)]
+    if options.nodes is None and options.gpus is None:
+        check_paths(config)
+    else:
+        lines.append(summarise_time(config, layout))
+        lines += [f"  note       {note}" for note in absent_paths(config)]
+    return "\n".join(lines)
 
 
 def _checked_world_size(options: argparse.Namespace, started: int) -> int:

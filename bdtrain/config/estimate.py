@@ -1,4 +1,4 @@
-"""Sizes of a run by arithmetic alone: parameters, tokens and memory, without building anything."""
+"""Sizes of a run by arithmetic alone: parameters, memory, disk and operations, without building anything."""
 
 from __future__ import annotations
 
@@ -50,6 +50,26 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """All parts."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+
+
+@dataclass(frozen=True)
+class StepOperations:
+    """Floating-point operations of an optimizer step, over all ranks; a multiplication and an addition are 2.
+
+    Attributes:
+        linear: projections and feed-forward parts of all layers.
+        attention: scores and their sums over values, for every pair that the dense form computes.
+        head: output head on the rows that have a loss; 0 where the vocabulary is not known.
+    """
+
+    linear: int
+    attention: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.linear + self.attention + self.head
 
 
 def known_vocab_size(config: RunConfig) -> int | None:
@@ -110,6 +130,61 @@ def estimate_memory(
         weights_bytes=(share if zero_stage >= 3 else parameters) * WEIGHT_BYTES[precision],
         gradients_bytes=(share if zero_stage >= 2 else parameters) * FP32_BYTES,
         optimizer_bytes=share * state_bytes,
+    )
+
+
+def checkpoint_bytes(parameters: int, *, averaged: bool) -> int:
+    """Size of a training checkpoint on disk, over all its files.
+
+    Args:
+        parameters: of the whole model.
+        averaged: whether an average of the weights is kept.
+    """
+    return parameters * (1 + 2 + averaged) * FP32_BYTES
+
+
+def count_streams(config: RunConfig) -> tuple[int, int]:
+    """Noisy copies, and clean streams (0 or 1), of a forward pass."""
+    algo = config.diffusion.algo
+    return (0 if algo == "ar" else config.diffusion.noise_copies), int(algo != "mdlm")
+
+
+def masked_share(config: RunConfig) -> float:
+    """Share of the tokens of a noisy copy that reach the head, on average; 1 for ``ar``."""
+    if config.diffusion.algo == "ar":
+        return 1.0
+    # A linear schedule draws the probability evenly over the range; the others come near enough.
+    clip_range = config.diffusion.plan.clip_range or (0.0, 1.0)
+    return sum(clip_range) / 2
+
+
+def estimate_step_operations(config: RunConfig) -> StepOperations:
+    """Operations that an optimizer step executes: what time on a GPU is estimated from.
+
+    Per row of every stream each matrix of a layer once, in the last layer for the clean stream only keys and
+    values; backward twice the forward pass. Unlike ``bdtrain.model.flops``, which counts what the model needs
+    (MFU), this has the pairs that dense attention computes and the mask throws away, and what
+    ``train.recompute`` makes a second time.
+    """
+    model, seq = config.model, config.data.seq_len
+    noisy, clean = count_streams(config)
+    tokens = config.tokens_per_step
+    queries, keys_values = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
+    feed_forward = (3 if model.shape == "qwen3" else 2) * model.hidden_size * model.ffn_size
+    row = 2 * (model.hidden_size * (2 * queries + keys_values) + feed_forward)
+    unread = clean if noisy else 0  # streams that only give keys and values in the last layer
+    last = (noisy + clean - unread) * row + unread * 2 * model.hidden_size * keys_values
+    linear = tokens * ((noisy + clean) * row * (model.num_layers - 1) + last)
+    noisy_keys, clean_keys = noisy * (1 + clean) * seq, clean * seq
+    last_keys = noisy_keys if noisy else clean_keys
+    keys = (noisy_keys + clean_keys) * (model.num_layers - 1) + last_keys
+    attention = tokens * 2 * 2 * queries * keys
+    picked = int(tokens * (noisy or 1) * masked_share(config))
+    recompute = config.train.recompute
+    return StepOperations(
+        linear=linear * (4 if recompute == "full" else 3),
+        attention=attention * (3 if recompute == "none" else 4),
+        head=3 * 2 * picked * model.hidden_size * (known_vocab_size(config) or 0),
     )
 
 

@@ -31,11 +31,6 @@ class Layout:
     micro_batch_size: int
     micro_batches: int
 
-    @property
-    def rows_per_rank(self) -> int:
-        """Rows of a step that one data-parallel rank reads."""
-        return self.micro_batch_size * self.micro_batches
-
 
 def resolve_layout(config: RunConfig, world_size: int) -> Layout:
     """Cut a run over its ranks.
@@ -56,11 +51,6 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
     micro_batch_size = resolve_micro_batch_size(config, dp)
     micro_batches = config.train.global_batch_size // dp // micro_batch_size
     return Layout(world_size, tp, pp, dp, micro_batch_size, micro_batches)
-
-
-def validate_layout(config: RunConfig, world_size: int) -> None:
-    """``resolve_layout`` for its errors alone."""
-    resolve_layout(config, world_size)
 
 
 def resolve_micro_batch_size(config: RunConfig, dp: int) -> int:

@@ -1,39 +1,49 @@
-"""What ``--check`` prints: the size of a run, its cut over the ranks, and the memory that takes."""
+"""What ``--check`` prints: the size of a run, its cut over the ranks, and the memory and time that takes."""
 
 from __future__ import annotations
 
+from bdtrain.config.activations import estimate_activations
 from bdtrain.config.estimate import (
+    FP32_BYTES,
+    checkpoint_bytes,
     count_local_parameters,
     count_parameters,
     estimate_memory,
+    estimate_step_operations,
     known_vocab_size,
 )
 from bdtrain.config.layout import Layout
 from bdtrain.config.loader import config_sha256
 from bdtrain.config.schema import RunConfig
 
+ACHIEVED_TFLOPS = (100, 200, 400)
+"""Rates of one rank that a plan shows the time for: what an accelerator reaches is found by running."""
+
+UPDATE_FLOATS = 2
+"""float32 numbers that an update needs for a moment per parameter of a rank's share (see the engine)."""
+
 
 def summarise(config: RunConfig) -> str:
     """A few lines on the size of a run, by arithmetic."""
-    model, data, train, diffusion = config.model, config.data, config.train, config.diffusion
+    model, data, train = config.model, config.data, config.train
     vocab = known_vocab_size(config)
-    layers = count_parameters(model, vocab or 1).layers
+    count = count_parameters(model, vocab or 1)
+    tokens = config.tokens_per_step * train.steps
+    ratio = ""
     if vocab:
-        size = (
-            f"{count_parameters(model, vocab).total:,} parameters, {layers:,} of them not embedding or head"
-        )
+        size = f"{count.total:,} parameters, {count.layers:,} of them not embedding or head"
+        ratio = f" ({tokens / count.total:,.1f} per parameter)"
     else:
-        size = f"{layers:,} parameters, plus embedding and head of the corpus' vocabulary"
-    blocks = f", blocks of {diffusion.block_size} tokens" if diffusion.algo == "block_diffusion" else ""
+        size = f"{count.layers:,} parameters, plus embedding and head of the corpus' vocabulary"
     rows = f"{train.global_batch_size} rows x {data.seq_len} tokens"
     return "\n".join(
         [
             f"configuration is valid: {config.run.name}  (sha256 {config_sha256(config)[:12]})",
-            f"  objective  {diffusion.algo}{blocks}",
+            f"  objective  {_objective(config)}",
             f"  model      {model.shape}, {model.num_layers} layers x {model.hidden_size} channels: {size}",
             f"  step       {rows} = {config.tokens_per_step:,} tokens",
-            f"  run        {train.steps:,} steps = {config.tokens_per_step * train.steps:,} tokens, into "
-            f"{config.run.folder}",
+            f"  run        {train.steps:,} steps = {tokens:,} tokens{ratio}, into {config.run.folder}",
+            f"  disk       {_disk(config, count.total if vocab else count.layers)}",
         ]
     )
 
@@ -59,11 +69,29 @@ def summarise_layout(config: RunConfig, layout: Layout) -> str:
             f"  layout     {_count(layout.world_size, 'rank')} = {grid}",
             f"  cut        {_count(layout.micro_batches, 'micro-batch', 'micro-batches')} of "
             f"{_count(layout.micro_batch_size, 'row')} per step on each data-parallel rank",
-            f"  memory     {format_bytes(memory.total_bytes)} on the fullest rank ({held}), and activations",
+            f"  memory     {format_bytes(memory.total_bytes)} on the fullest rank ({held}) at all times:",
             f"             {config.train.precision} weights {format_bytes(memory.weights_bytes)}, gradients "
             f"{format_bytes(memory.gradients_bytes)}, {state} {format_bytes(memory.optimizer_bytes)}",
+            *_peak(config, layout, memory.total_bytes, parameters),
         ]
     )
+
+
+def summarise_time(config: RunConfig, layout: Layout) -> str:
+    """Lines on the operations of a run and the time they take at some rates of a rank."""
+    step = estimate_step_operations(config)
+    total = step.total * config.train.steps
+    vocab = "" if known_vocab_size(config) else " without the head"
+    share = f"{step.attention / step.total:.0%}"
+    lines = [
+        f"  compute    {total:.2e} operations{vocab}, {share} of them dense attention with its masked pairs"
+    ]
+    seconds = [total / (layout.world_size * rate * 1e12) for rate in ACHIEVED_TFLOPS]
+    # A run this short is no run for an accelerator.
+    if seconds[0] >= 60:
+        times = (f"{format_duration(s)} at {rate}" for s, rate in zip(seconds, ACHIEVED_TFLOPS, strict=True))
+        lines.append(f"  time       {', '.join(times)} TFLOP/s a rank; validation and saves on top")
+    return "\n".join(lines)
 
 
 def format_bytes(number: int) -> str:
@@ -72,6 +100,62 @@ def format_bytes(number: int) -> str:
         if number >= 1024**power:
             return f"{number / 1024**power:,.2f} {unit}"
     return f"{number} bytes"
+
+
+def format_duration(seconds: float) -> str:
+    """A time in the largest unit of which it has at least two."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def _objective(config: RunConfig) -> str:
+    diffusion = config.diffusion
+    text: str = diffusion.algo
+    if diffusion.algo == "block_diffusion":
+        text += f", blocks of {diffusion.block_size} tokens"
+    clip_range = diffusion.plan.clip_range
+    if diffusion.algo != "ar" and clip_range is not None:
+        text += f", clip range [{clip_range[0]:g}, {clip_range[1]:g}]"
+    return text
+
+
+def _peak(config: RunConfig, layout: Layout, kept: int, parameters: int) -> list[str]:
+    """Lines on the fullest moment of the fullest rank."""
+    parts = estimate_activations(config, layout)
+    update = -(-parameters // layout.dp) * UPDATE_FLOATS * FP32_BYTES
+    moment = "in backward" if parts.total_bytes >= update else "in the update"
+    without = "communication buffers, libraries, fragmentation"
+    head = f", head and loss {format_bytes(parts.head_bytes)}" if parts.head_bytes else ""
+    if known_vocab_size(config) is None:
+        without = f"embedding and head, {without}"
+    return [
+        f"  peak       {format_bytes(kept + max(parts.total_bytes, update))} {moment}, an estimate for dense "
+        "attention; activations of",
+        f"             layers {format_bytes(parts.layers_bytes)} "
+        f"({_count(parts.micro_batches, 'micro-batch', 'micro-batches')}, recompute {config.train.recompute})"
+        f"{head}",
+        f"             left out: {without}",
+    ]
+
+
+def _disk(config: RunConfig, parameters: int) -> str:
+    """What the checkpoints take, the one that is being written included."""
+    whole = known_vocab_size(config) is not None
+    size = checkpoint_bytes(parameters, averaged=config.optim.ema_decay is not None)
+    text = f"{format_bytes(size)} a checkpoint{'' if whole else ' without embedding and head'}"
+    checkpoint = config.checkpoint
+    if not checkpoint.every_steps:
+        return f"{text}, written at the end and on SIGTERM" if checkpoint.save_final else text
+    at_once = checkpoint.keep_last + 1
+    text += (
+        f" every {checkpoint.every_steps:,} steps, {format_bytes(at_once * size)} while {at_once} are there"
+    )
+    if checkpoint.keep_every_tokens is not None:
+        kept = config.tokens_per_step * config.train.steps // checkpoint.keep_every_tokens
+        text += f", {format_bytes(kept * size)} for the {kept} kept for good"
+    return text
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

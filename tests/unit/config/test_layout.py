@@ -11,7 +11,6 @@ from bdtrain.config import (
     RunConfig,
     resolve_layout,
     resolve_micro_batch_size,
-    validate_layout,
 )
 from bdtrain.errors import ConfigError
 from tests.unit.config.helpers import load
@@ -33,7 +32,7 @@ def model_of_16_heads(*overrides: str) -> RunConfig:
 
 def refused(config: RunConfig, world_size: int) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        validate_layout(config, world_size)
+        resolve_layout(config, world_size)
     assert caught.value.exit_code == 3
     head, *lines = str(caught.value).splitlines()
     assert head.startswith(str(len(lines)))
@@ -48,7 +47,6 @@ def test_data_parallel_ranks_are_what_tp_and_pp_leave_over() -> None:
     config = model_of_16_heads("parallel.tp=2", "parallel.pp=3", "train.micro_batch_size=2")
     layout = resolve_layout(config, 24)
     assert layout == Layout(24, tp=2, pp=3, dp=4, micro_batch_size=2, micro_batches=3)
-    assert layout.rows_per_rank == 6
 
 
 def test_micro_batch_left_out_is_all_rows_of_a_rank() -> None:
@@ -121,7 +119,7 @@ def test_a_layout_that_cannot_be_is_refused_with_a_remedy(
     config = model_of_16_heads(*overrides)
     if world_size < 1:
         with pytest.raises(ConfigError, match=expected):
-            validate_layout(config, world_size)
+            resolve_layout(config, world_size)
         return
     (line,) = refused(config, world_size)
     assert line.startswith(expected)
@@ -158,15 +156,15 @@ def test_all_problems_of_a_layout_are_reported_together() -> None:
 def test_a_vocabulary_that_only_the_corpus_knows_is_left_to_the_model() -> None:
     sizes = ["parallel.tp=8", "model.vocab_multiple=1"]
     corpus = ["data.kind=corpus", "data.path=x"]
-    validate_layout(model_of_16_heads(*sizes, *corpus), 8)
+    resolve_layout(model_of_16_heads(*sizes, *corpus), 8)
     assert len(refused(model_of_16_heads(*sizes, *corpus, "model.vocab_size=257"), 8)) == 1
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_zero_stages_go_with_every_layout_but_3_with_stages(zero_stage: int) -> None:
-    validate_layout(model_of_16_heads(f"parallel.zero_stage={zero_stage}", "parallel.tp=2"), 4)
+    resolve_layout(model_of_16_heads(f"parallel.zero_stage={zero_stage}", "parallel.tp=2"), 4)
     if zero_stage < 3:
-        validate_layout(model_of_16_heads(f"parallel.zero_stage={zero_stage}", "parallel.pp=2"), 4)
+        resolve_layout(model_of_16_heads(f"parallel.zero_stage={zero_stage}", "parallel.pp=2"), 4)
 
 
 def test_a_layout_is_taken_exactly_when_everything_divides() -> None:
