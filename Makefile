@@ -5,17 +5,19 @@
 #   TORCH_INDEX_URL=URL               an index that offers torch's CPU builds, where pip's settings know none
 #   INPUT=path                        text for make quickstart: a file or a folder
 #   RANKS=2                           processes that train together in make quickstart
+#   RUN=runs/my-run                   the run that make dashboard shows
 #   ARGS="-k name -x"                 more arguments for pytest
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test check fmt fmt-check lint types test-unit test-kernels test-dist \
 	test-reliability test-e2e bench clean \
-	env-run env-dev
+	dashboard env-run env-dev env-dashboard
 
 TORCH ?= auto
 INPUT ?=
 RANKS ?= 1
+RUN ?= runs/quickstart/run
 ARGS ?=
 PY := .venv/bin/python
 
@@ -46,8 +48,14 @@ env-run:
 env-dev:
 	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)" --extras dev
 
+env-dashboard:
+	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)" --extras mlflow
+
 quickstart: env-run ## from text to a trained, evaluated model in minutes (INPUT=path for your own text, RANKS=2)
 	$(PY) tools/quickstart.py --ranks $(RANKS) $(if $(INPUT),--input "$(INPUT)")
+
+dashboard: env-dashboard ## MLflow's page on a run (RUN=runs/my-run), on this machine only; Ctrl-C ends it
+	@$(PY) tools/open_dashboard.py "$(RUN)"
 
 # One pytest for all folders that exist, so that one summary counts everything.
 TEST_FOLDERS = $(wildcard tests/unit tests/kernels tests/distributed tests/e2e tests/reliability)

@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
         The exit code: 0 done, or stopped on request and resumable (EXIT.json says which); 3 wrong
         configuration, 4 not finite, 6 data, 7 checkpoint, 130 interrupted.
     """
-    from bdtrain.config import check_paths, parse_command_line, validate_layout
+    from bdtrain.config import check_paths, parse_command_line, resolve_layout
     from bdtrain.errors import BdtrainError, DataError, report_failure
     from bdtrain.parallel.launch_environment import read_launch
     from bdtrain.train.signals import StopRequest
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         if command.finished:
             return 0
         # What is wrong with the layout or the paths costs a second, not the imports below.
-        validate_layout(command.config, launch.world_size)
+        layout = resolve_layout(command.config, launch.world_size)
         check_paths(command.config)
         # Listens before the long imports: a launcher that dies meanwhile must be noticed.
         with StopRequest() as stop:
@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
             from bdtrain.train.launch import train_from_config
 
             started = True
-            train_from_config(command.config, os.environ, console=Console(enabled=first), stop=stop)
+            console = Console(enabled=first)
+            train_from_config(command.config, launch, layout, os.environ, console=console, stop=stop)
     except (BdtrainError, OSError, KeyboardInterrupt) as error:
         # What only one rank can know is told by that rank; before ranks meet, by the first of a machine.
         alone = isinstance(error, (DataError, OSError)) and not getattr(error, "everywhere", False)

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from bdtrain.config import RunConfig
 from bdtrain.errors import BdtrainError, ConfigError, report_failure
 from bdtrain.tracking.mlflow import (
     CONFIG_FILE,
@@ -26,6 +27,7 @@ from bdtrain.tracking.mlflow import (
     quiet_environment,
     read_run_uid,
 )
+from bdtrain.tracking.names import run_name
 from bdtrain.tracking.ship import SHIPPED, Shipping, only_shipper
 from bdtrain.tracking.spool import METRICS_FILE, RedactedStream, lines_left, redact
 
@@ -67,8 +69,8 @@ def ship_run(folder: Path, uri: str | None) -> int:
     config = _read_config(folder / CONFIG_FILE)
     tracking = config.get("tracking") or {}
     uri = uri or tracking.get("mlflow_uri") or default_uri(folder)
-    name = (config.get("run") or {}).get("name") or folder.resolve().name
-    store = StoreOptions(uri, tracking.get("experiment") or "bdtrain", name, read_run_uid(folder))
+    experiment = tracking.get("experiment") or "bdtrain"
+    store = StoreOptions(uri, experiment, name_of_run(folder, config), read_run_uid(folder))
     os.environ.update(quiet_environment())
     try:
         with only_shipper(folder, wait=lambda: False):
@@ -89,6 +91,21 @@ def ship_run(folder: Path, uri: str | None) -> int:
     left = lines_left(folder, uri)
     print(f"{folder}: {before - left} lines shipped to {redact(uri)}, {left} left")
     return 0 if code == SHIPPED and not left else 1
+
+
+def name_of_run(folder: Path, config: dict[str, Any]) -> str:
+    """The name that the trainer gives a run, or as much of it as is known.
+
+    Args:
+        folder: of the run.
+        config: what its configuration file holds; of another version perhaps, or nothing.
+    """
+    try:
+        return run_name(RunConfig.model_validate(config))
+    except ValueError:
+        run = config.get("run")
+        name = run.get("name") if isinstance(run, dict) else None
+        return str(name or folder.resolve().name)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

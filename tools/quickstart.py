@@ -17,6 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bdtrain.errors import BdtrainError
+from bdtrain.tracking.report import write_report
+
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".quickstart"
 OWN_SETTINGS = ("run.folder", "data.path", "validation.at_start", "checkpoint.save_final")
@@ -68,6 +71,7 @@ def main() -> int:
     )
     place = shlex.quote(shown(folder))
     name = shown(folder)
+    config = shlex.quote(options.config)
     settings = shlex.join([f"run.folder={name}/run", f"data.path={name}/corpus", *options.overrides])
     try:
         run_step(
@@ -82,8 +86,7 @@ def main() -> int:
         )
         run_step(
             "3/4 training",
-            f"deepspeed --num_gpus {options.ranks} launchers/pretrain.py "
-            f"--config {shlex.quote(options.config)} {settings}",
+            f"deepspeed --num_gpus {options.ranks} launchers/pretrain.py --config {config} {settings}",
         )
         run_step(
             "4/4 evaluation of the saved weights, beside the baselines",
@@ -94,6 +97,7 @@ def main() -> int:
         print(f"\nquickstart stopped: the step above ended with code {error.returncode}", file=sys.stderr)
         return error.returncode if error.returncode > 0 else 1
     show(folder, write_summary(folder, time.monotonic() - started))
+    show_next(folder, f"--config {config} {settings}", ranks=options.ranks, text=options.input)
     return 0
 
 
@@ -202,14 +206,49 @@ def show(folder: Path, summary: dict[str, Any]) -> None:
         last = samples.read_text(encoding="utf-8").splitlines()[-1]
         print(f"\na sample after training:\n{json.loads(last)['text']}")
     place = shown(folder)
-    weights = f"{place}/run/checkpoint"
     print(
         f"\nDone in {summary['wall_seconds'] / 60:.1f} minutes. {place}/summary.json holds the numbers, "
-        f"{place}/run/metrics.jsonl the curve,\n{place}/run/samples.jsonl the samples.\n\nNext:\n"
-        f"  .venv/bin/python launchers/sample_text.py --checkpoint {weights} --prompt 'def main('\n"
-        f"  .venv/bin/python launchers/evaluate_checkpoint.py --checkpoint {weights} --text FILE\n"
-        "  make quickstart INPUT=path/to/your/texts"
+        f"{place}/run/metrics.jsonl the curve."
     )
+
+
+def show_next(folder: Path, run: str, *, ranks: int, text: str | None) -> None:
+    """Where to look, and what to do next: every line is a command or an address that works as it stands.
+
+    Args:
+        folder: of the quickstart.
+        run: the arguments of the training; its number of steps is replaced.
+        ranks: that trained.
+        text: what ``--input`` named.
+    """
+    python = shlex.quote(shown(Path(sys.executable)))
+    place, weights = shlex.quote(shown(folder / "run")), shlex.quote(shown(folder / "run" / "checkpoint"))
+    report = folder / "run" / "report.html"
+    try:
+        write_report(folder / "run")  # anew, with the baselines
+    except (BdtrainError, OSError) as error:
+        print(f"the report was not written: {error}", file=sys.stderr)
+    steps = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))["steps"]
+    run = shlex.join(word for word in shlex.split(run) if not word.startswith("train.steps="))
+    start = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH deepspeed --num_gpus {ranks}"
+    own = f" --input {shlex.quote(text)}" if text else ""
+    other = shlex.quote(shown(folder.with_name(f"{folder.name}-block4")))
+    rows = [
+        ("look", report.as_uri() if report.is_file() else ""),
+        ("curves", f"make dashboard RUN={place}"),
+        ("sample", f"{python} launchers/sample_text.py --checkpoint {weights} --prompt 'def main('"),
+        ("evaluate", f"{python} launchers/evaluate_checkpoint.py --checkpoint {weights} --text FILE"),
+        ("own text", "make quickstart INPUT=path/to/your/texts"),
+        ("more ranks", f"make quickstart RANKS={2 * ranks}"),
+        ("block size", f"{python} tools/quickstart.py --folder {other}{own} diffusion.block_size=4"),
+    ]
+    if any((folder / "run" / "checkpoints").glob("step-*")):
+        program = f"{python} launchers/pretrain.py" if ranks == 1 else f"{start} launchers/pretrain.py"
+        rows.insert(4, ("train on", f"{program} {run} train.steps={2 * steps}"))
+    print("\nNext:")
+    for name, command in rows:
+        if command:
+            print(f"  {name:<12}{command}")
 
 
 def shown(path: Path) -> str:

@@ -31,7 +31,7 @@ TORCH = "2.13.0"
 BASE_PYTHON = str(getattr(sys, "_base_executable", None) or sys.executable)
 MIN_FREE_GB = {"cpu": 4, "cuda": 14, "installed": 2}
 # About what pip fetches on Linux x86-64, in MB; wheels in pip's cache are not fetched again.
-SIZES_MB = {"cpu": 192, "cuda": 2800, "base": 55, "dev": 340, "ray": 105}
+SIZES_MB = {"cpu": 192, "cuda": 2800, "base": 55, "dev": 340, "ray": 105, "mlflow": 152}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdtrain.errors import CheckpointError
-from bdtrain.export.layout import fuse_qkv, pad_rows, split_qkv
+from bdtrain.export.fused_weights import fuse_qkv, pad_rows, split_qkv
 
 PREFIX = "backbone."
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bdtrain.errors import CheckpointError
-from bdtrain.export.layout import fuse_qkv, pad_rows, split_qkv
+from bdtrain.export.fused_weights import fuse_qkv, pad_rows, split_qkv
 
 if TYPE_CHECKING:
     from bdtrain.config import ModelConfig

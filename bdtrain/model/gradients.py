@@ -22,9 +22,9 @@ def mark_partial_gradients(model: TwoStreamTransformer) -> None:
     The norms of queries and keys meet this rank's heads only. Under sequence parallelism the norms of a layer
     and the bias added behind a row-parallel projection meet this rank's rows only. Nothing else is partial:
     the final norm and the head work on gathered rows, and the embedding's gradient is gathered.
+
+    The marks do not depend on the number of ranks: one rank's part is the whole gradient, and so is its sum.
     """
-    if model.pg_collection.tp.size() == 1:
-        return
     for layer in model.decoder.layers:
         attention = layer.self_attention
         modules = [attention.q_layernorm, attention.k_layernorm]

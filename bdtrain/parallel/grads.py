@@ -24,7 +24,7 @@ def complete_partial_gradients(state: ZeroState, tp_group: dist.ProcessGroup) ->
     """Sum the marked gradients over the tensor-parallel group, in one collective.
 
     All ranks of the group own the same stretches of these parameters, since their parts of the model have
-    the same shapes in the same order.
+    the same shapes in the same order. In a group of one the sum is the gradient itself, bit for bit.
 
     Args:
         state: of the optimizer, after reduction.

@@ -1,6 +1,6 @@
 """Every metric and every event: its name, unit and meaning. A writer refuses a name that is not here.
 
-The part before the slash is the section under which MLflow's page shows the metric:
+Also the name of a run. The part before the slash is the section under which MLflow's page shows the metric:
 
 * ``train/``: what was learned. Every one is a function of the run alone, the same bits after a restart.
 * ``val/``: likelihood of held-out text.
@@ -14,6 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from bdtrain.tracking.console import format_count
+
+if TYPE_CHECKING:
+    from bdtrain.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -112,3 +118,18 @@ def is_deterministic(name: str) -> bool:
     """
     metric = METRICS.get(name)
     return metric is not None and metric.deterministic
+
+
+def run_name(config: RunConfig) -> str:
+    """Name of a run on MLflow's page, whose table shows nothing else at first.
+
+    Args:
+        config: with the vocabulary of the data.
+    """
+    # Here, so that the shipping process does without the schema.
+    from bdtrain.config.estimate import count_parameters
+
+    size = format_count(count_parameters(config.model, config.model.vocab_size or 1).total)
+    return (
+        f"{config.run.name}-{config.diffusion.algo}-L{config.diffusion.block_size}-{size}-s{config.run.seed}"
+    )

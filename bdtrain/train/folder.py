@@ -5,34 +5,44 @@ config.yaml          the resolved configuration of the latest attempt
 metrics.jsonl        every number (``bdtrain.tracking.jsonl``)
 checkpoints/step-N   training state (``bdtrain.checkpoint``)
 checkpoint/          final weights
-samples.jsonl, summary.json, EXIT.json
+samples.jsonl, summary.json
+EXIT.json            how the last attempt ended; missing while one runs, and after one that was killed
+
+Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bdtrain.checkpoint.communicator import Communicator
-from bdtrain.checkpoint.files import DISK
 from bdtrain.config import RunConfig, dump_resolved
 from bdtrain.config.resume import fixed_changes, fixed_settings
+from bdtrain.data.writer import TEMPORARY_PREFIX, sync_folder, write_atomic
 from bdtrain.errors import CheckpointError, ConfigError
 from bdtrain.tracking.jsonl import last_attempt
 from bdtrain.train.run_lock import LOCK, RunLock
-from bdtrain.train.signals import EXIT, clear_exit
+from bdtrain.train.signals import LAUNCHER_GONE
+
+if TYPE_CHECKING:
+    from bdtrain.checkpoint.communicator import Communicator
 
 RESOLVED = "config.yaml"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 WEIGHTS = "checkpoint"
+EXIT = "EXIT.json"
+REASONS = ("finished", "SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", LAUNCHER_GONE, "nonfinite", "error")
+"""How an attempt ends, unless it is killed."""
+
+_UNFINISHED = (TEMPORARY_PREFIX, ".tmp-")
+"""What the names of half-written files begin with; the second is of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +124,14 @@ def begin_attempt(folder: RunFolder, config: RunConfig, facts: dict[str, Any]) -
     }
     try:
         write_json(folder.path / RUN, {**content, "attempts": folder.attempt})
-        replace_file(folder.path / RESOLVED, dump_resolved(config))
+        write_atomic(folder.path / RESOLVED, dump_resolved(config).encode())
         clear_exit(folder.path)
+        for left in folder.path.glob(f"{TEMPORARY_PREFIX}*"):
+            left.unlink()  # of a killed writer; the lock says that no other one lives
         folder.checkpoints.mkdir(exist_ok=True)
         # The entries that hold everything else must survive a power failure too.
-        DISK.fsync(folder.path)
-        DISK.fsync(folder.path.parent)
+        sync_folder(folder.path)
+        sync_folder(folder.path.parent)
     except OSError as error:
         raise ConfigError(
             f"run.folder={folder.path} cannot be written: {error.strerror or error}; make room, or choose "
@@ -154,23 +166,42 @@ def on_first_rank(communicator: Communicator, action: Callable[[], Any]) -> Any:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file in one step."""
-    replace_file(path, json.dumps(content, indent=1) + "\n")
+    """Replace a JSON file in one step; where the disk refuses, the old one stays and nothing else."""
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Give a file new content in one step; where the disk refuses, the old one stays and nothing else."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        DISK.fsync(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+def write_exit(folder: Path, reason: str, step: int, *, resumable: bool, exit_code: int) -> None:
+    """Say in ``EXIT.json`` how this attempt ended; rank 0 only.
+
+    Launchers hide it: after SIGTERM ``deepspeed`` returns 1 or -15 whatever the ranks returned.
+
+    Args:
+        folder: of the run.
+        reason: one of ``REASONS``.
+        step: batches taken.
+        resumable: whether the same command goes on from here.
+        exit_code: what this process returns to its launcher.
+
+    Raises:
+        ValueError: for another reason.
+        OSError: if the disk refuses; no half of a file is left.
+    """
+    if reason not in REASONS:
+        raise ValueError(f"reason {reason!r} is none of {REASONS}")
+    content = {
+        "reason": reason,
+        "step": step,
+        "resumable": resumable,
+        "exit_code": exit_code,
+        "time": round(time.time(), 3),
+    }
+    # One line, as a shell's `cat` shows it.
+    write_atomic(folder / EXIT, (json.dumps(content) + "\n").encode())
+
+
+def clear_exit(folder: Path) -> None:
+    """Remove ``EXIT.json`` at the start of an attempt: without it, the last attempt was killed."""
+    (folder / EXIT).unlink(missing_ok=True)
 
 
 def _inspect(config: RunConfig, folder: Path) -> dict[str, Any] | None:
@@ -183,7 +214,7 @@ def _inspect(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     try:
         # A folder in which nothing but a lock or an unfinished file lies is free.
         taken = folder.exists() and any(
-            not path.name.startswith((LOCK, f".tmp-{RUN}")) for path in folder.iterdir()
+            not path.name.startswith((LOCK, *_UNFINISHED)) for path in folder.iterdir()
         )
     except NotADirectoryError as error:
         raise ConfigError(f"run.folder={folder} is a file; {another}") from error

@@ -15,31 +15,34 @@ from bdtrain import __version__
 from bdtrain.checkpoint.communicator import Communicator, TorchCommunicator
 from bdtrain.checkpoint.folders import choose_checkpoint, clean_leftovers
 from bdtrain.checkpoint.load import TrainingState
-from bdtrain.config import RunConfig, check_paths
-from bdtrain.config.estimate import count_parameters
-from bdtrain.config.layout import Layout, resolve_layout
+from bdtrain.config import RunConfig
+from bdtrain.config.layout import Layout
 from bdtrain.config.resume import changed_settings
 from bdtrain.errors import BdtrainError, CheckpointError, ConfigError, NonFiniteError
-from bdtrain.parallel.groups import destroy_groups, host_group, init_groups, read_launch
+from bdtrain.parallel.groups import destroy_groups, host_group, init_groups
+from bdtrain.parallel.launch_environment import Launch
 from bdtrain.tracking.console import Console, format_count, format_seconds
 from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog, attempt_spans
 from bdtrain.tracking.mlflow import MlflowShipper
+from bdtrain.tracking.names import run_name
 from bdtrain.train.faults import Faults
 from bdtrain.train.folder import (
+    EXIT,
     METRICS,
     RunFolder,
     begin_attempt,
     claim_run_folder,
     leave_unstarted,
     on_first_rank,
+    write_exit,
     write_json,
 )
 from bdtrain.train.loop import RunSummary, Stopped, Trainer
 from bdtrain.train.progress import Progress
 from bdtrain.train.run_lock import RunLock
 from bdtrain.train.setup import Parts, build_parts, prepare_machine
-from bdtrain.train.signals import EXIT, StopRequest, write_exit
+from bdtrain.train.signals import StopRequest
 
 SHORT_DRAIN_S = 2.0
 """Time to ship the last metrics when the launcher is waiting with a kill."""
@@ -48,13 +51,21 @@ SUMMARY = "summary.json"
 
 
 def train_from_config(
-    config: RunConfig, environment: Mapping[str, str], *, console: Console, stop: StopRequest
+    config: RunConfig,
+    launch: Launch,
+    layout: Layout,
+    environment: Mapping[str, str],
+    *,
+    console: Console,
+    stop: StopRequest,
 ) -> RunSummary | Stopped:
     """Train, or continue, the run that a configuration describes.
 
     Args:
-        config: a validated configuration.
-        environment: of this process; says its rank.
+        config: a validated configuration whose paths were checked.
+        launch: which rank this process is.
+        layout: of the configuration on the ranks of the launch.
+        environment: of this process; may ask for faults.
         console: where progress goes.
         stop: listens already, since it must not miss what happens while libraries are imported.
 
@@ -64,9 +75,6 @@ def train_from_config(
     Raises:
         BdtrainError: whatever stops the run, before any work is lost where that is possible.
     """
-    launch = read_launch(environment)
-    layout = resolve_layout(config, launch.world_size)
-    check_paths(config)
     faults = Faults.from_environment(environment, launch.rank)
     folder = Path(config.run.folder)
     lock = RunLock(folder, tell=console.line)
@@ -124,17 +132,17 @@ def start_attempt(
         console.line(f"checkpoint {path.name} passed over: {reason}")
     progress = Progress()
     facts: dict[str, Any] = {}
+    clock: dict[str, Any] | None = None
     if found.newest is not None:
         saved = open_together(found.newest, communicator)
         progress, facts = restore(saved, config, parts, communicator)
-        goodput.add_earlier(saved.state["goodput"], spans=attempt_spans(folder.path / METRICS))
+        clock = saved.state["goodput"]
         console.line(
             f"attempt {folder.attempt} continues at step {progress.step} from {found.newest.name}"
             + "".join(f"\n  {key}: {before} -> {now}" for key, before, now in facts.get("changed", []))
         )
     elif folder.known is not None:
         console.line(f"attempt {folder.attempt} begins anew: the run has no whole checkpoint")
-        goodput.add_earlier(spans=attempt_spans(folder.path / METRICS))
     identity = {
         "tokenizer": parts.loader.tokenizer_info.to_dict(),
         "data_fingerprint": dict(parts.loader.fingerprint),
@@ -143,6 +151,8 @@ def start_attempt(
     opened: list[MetricsLog] = []
 
     def begin() -> None:
+        # The clock of rank 0 is the run's; the other ranks' say how long they are at it themselves.
+        goodput.add_earlier(clock, spans=attempt_spans(folder.path / METRICS))
         begin_attempt(folder, config, identity)
         clean_leftovers(folder.checkpoints)
         try:
@@ -209,14 +219,6 @@ def start_shipper(config: RunConfig, folder: RunFolder) -> MlflowShipper:
     return shipper
 
 
-def run_name(config: RunConfig) -> str:
-    """Name of a run on MLflow's page, whose table shows nothing else at first."""
-    size = format_count(count_parameters(config.model, config.model.vocab_size or 1).total)
-    return (
-        f"{config.run.name}-{config.diffusion.algo}-L{config.diffusion.block_size}-{size}-s{config.run.seed}"
-    )
-
-
 def restore(
     saved: TrainingState, config: RunConfig, parts: Parts, communicator: Communicator
 ) -> tuple[Progress, dict[str, Any]]:
@@ -262,7 +264,10 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
     folder, console, metrics = trainer.folder.path, trainer.console, trainer.metrics
     step = trainer.progress.step
 
-    def leave(reason: str, event: str, *, resumable: bool, exit_code: int, **facts: Any) -> None:
+    def leave(
+        reason: str, event: str, *, resumable: bool, exit_code: int, drain_s: float, **facts: Any
+    ) -> Path | None:
+        """The last words of the attempt, what matters most first; the report, if there is one."""
         if metrics is not None:
             metrics.event(event, trainer.progress.step, reason=reason, **facts)
         if first:
@@ -271,26 +276,22 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
             except OSError as error:
                 # A disk that is full to the last byte must not hide why the run ends.
                 console.line(f"{EXIT} could not be written: {error.strerror or error}")
-
-    def ship(timeout_s: float) -> None:
-        news = None if trainer.shipper is None else trainer.shipper.close(timeout_s)
+        news = None if trainer.shipper is None else trainer.shipper.close(drain_s)
         if news is not None:
             console.line(news)
+        return write_report_or_say_why(folder, console) if first else None
 
     try:
         result = trainer.run()
     except NonFiniteError as error:
-        leave("nonfinite", "failed", resumable=True, exit_code=error.exit_code)
-        ship(SHORT_DRAIN_S)
+        leave("nonfinite", "failed", resumable=True, exit_code=error.exit_code, drain_s=SHORT_DRAIN_S)
         raise
     except Exception as error:
         code = error.exit_code if isinstance(error, BdtrainError) else 1
-        leave("error", "failed", resumable=True, exit_code=code, error=str(error))
-        ship(SHORT_DRAIN_S)
+        leave("error", "failed", resumable=True, exit_code=code, drain_s=SHORT_DRAIN_S, error=str(error))
         raise
     if isinstance(result, Stopped):
-        leave(result.reason, "stop", resumable=True, exit_code=0)
-        ship(SHORT_DRAIN_S)
+        leave(result.reason, "stop", resumable=True, exit_code=0, drain_s=SHORT_DRAIN_S)
         console.line(
             f"stopped by {result.reason} at step {result.step}, saved in {result.checkpoint}; the same "
             "command continues the run"
@@ -301,18 +302,48 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
             write_summary(folder / SUMMARY, result)
         except OSError as error:
             console.line(f"{SUMMARY} could not be written: {error.strerror or error}")
-    leave("finished", "end", resumable=False, exit_code=0)
-    ship(trainer.config.tracking.drain_timeout_s)
+    drain_s = trainer.config.tracking.drain_timeout_s
+    report = leave("finished", "end", resumable=False, exit_code=0, drain_s=drain_s)
+    say_done(result, console, steps=result.steps - step)
+    if report is not None:
+        console.line(f"report: {report}")
+    return result
+
+
+def write_report_or_say_why(folder: Path, console: Console) -> Path | None:
+    """The run's report. Without one the run ends as it would have: nothing fails, no other error is hidden.
+
+    Args:
+        folder: of the run.
+        console: told in one line why there is none.
+    """
+    from bdtrain.tracking.report import write_report
+
+    try:
+        return write_report(folder)
+    except Exception as found:
+        # Whatever a file of the run holds that nobody expected: the run itself is over and well.
+        reason = " ".join(str(found).split()) or type(found).__name__
+        console.line(f"no report could be written: {reason}")
+        return None
+
+
+def say_done(result: RunSummary, console: Console, *, steps: int) -> None:
+    """The last lines of a finished run.
+
+    Args:
+        result: of the run.
+        console: where to.
+        steps: of this attempt.
+    """
     console.line(f"time: {where_time_went(result.goodput)}")
-    done = result.steps - step
     console.line(
         f"done: {format_count(result.tokens)} tokens in {format_seconds(result.train_seconds)} of training "
         f"({format_count(result.tokens_per_second)} tokens/s), {format_seconds(result.wall_seconds)} in all, "
         f"goodput {result.goodput['goodput']:.1%}"
-        + (f", {done} steps in this attempt" if result.attempts > 1 else "")
+        + (f", {steps} steps in this attempt" if result.attempts > 1 else "")
         + (f"; weights in {result.checkpoint}" if result.checkpoint else "")
     )
-    return result
 
 
 def where_time_went(goodput: Mapping[str, float]) -> str:

@@ -19,6 +19,7 @@ from bdtrain.data.build import build_loader, build_source
 from bdtrain.data.loader import Loader
 from bdtrain.data.source import check_fingerprint
 from bdtrain.diffusion import keyed
+from bdtrain.diffusion.build import build_objective, training_plan
 from bdtrain.diffusion.objectives.base import Objective
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.errors import ConfigError, DataError, TokenizerError
@@ -33,7 +34,7 @@ from bdtrain.parallel.peak import peak_tflops
 from bdtrain.tracking.console import Console, format_count
 from bdtrain.train.optim import AveragedAdamW, parameter_groups
 from bdtrain.train.step import StepResult
-from bdtrain.validation.evaluate import Evaluator, build_objective, training_plan
+from bdtrain.validation.evaluate import Evaluator
 from bdtrain.validation.generation import RunSampler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -105,6 +106,52 @@ def build_parts(
         ConfigError: if model and data do not fit each other or the layout.
         DataError: if the data cannot be read, or are not those that the run began with.
     """
+    loader = open_data(config, groups, known=known, stack=stack)
+    config = with_vocabulary(config, loader)
+    epoch_tokens = format_count(loader.epoch_samples * config.data.seq_len)
+    console.line(
+        f"{config.diffusion.algo}, block size {config.diffusion.block_size}, {config.train.steps} steps of "
+        f"{format_count(config.tokens_per_step)} tokens; {epoch_tokens} tokens an epoch "
+        f"from {source_name(config)}"
+    )
+    valid = build_source(config.data, split="valid", seed=config.run.seed)
+    evaluator = Evaluator(config, valid, device=device, micro_batch_size=layout.micro_batch_size)
+    sampler = RunSampler(config, loader.tokenizer_info)
+    plan = training_plan(config.diffusion)
+    objective = build_objective(config.diffusion, config.data, loader.tokenizer_info, plan)
+    model = build_rank_model(config, groups, mask_id=loader.tokenizer_info.mask_id, device=device)
+    check_group_rules(config, model, communicator)
+    counts = communicator.gather_objects(own_parameters(model) if groups.dp.rank() == 0 else 0)
+    console.line(f"{format_count(sum(counts))} parameters on {describe_layout(config, layout)}")
+    engine = build_engine(config, layout, model)
+    stack.callback(engine.close)
+    return config, Parts(
+        engine=engine,
+        loader=loader,
+        objective=objective,
+        plan=plan,
+        evaluator=evaluator,
+        sampler=sampler,
+        communicator=communicator,
+        console=console,
+        device=device,
+        peak_tflops=config.train.peak_tflops or peak_tflops(device, DTYPES[config.train.precision]),
+        step_flops=step_flops(config, engine.module.config),
+    )
+
+
+def open_data(config: RunConfig, groups: Any, *, known: dict[str, Any] | None, stack: ExitStack) -> Loader:
+    """This rank's rows of the training data.
+
+    Args:
+        config: the run.
+        groups: Megatron's process groups.
+        known: as in ``build_parts``.
+        stack: closes the loader.
+
+    Raises:
+        DataError: if the data cannot be read, or are not those that the run began with.
+    """
     loader = stack.enter_context(
         build_loader(
             config.data,
@@ -121,42 +168,40 @@ def build_parts(
         except DataError as error:
             error.everywhere = True
             raise
-    config = with_vocabulary(config, loader)
-    epoch_tokens = format_count(loader.epoch_samples * config.data.seq_len)
-    console.line(
-        f"{config.diffusion.algo}, block size {config.diffusion.block_size}, {config.train.steps} steps of "
-        f"{format_count(config.tokens_per_step)} tokens; {epoch_tokens} tokens an epoch "
-        f"from {source_name(config)}"
-    )
-    valid = build_source(config.data, split="valid", seed=config.run.seed)
-    plan = training_plan(config)
-    evaluator = Evaluator(config, valid, device=device, micro_batch_size=layout.micro_batch_size)
-    sampler = RunSampler(config, loader.tokenizer_info)
-    model = build_model(
+    return loader
+
+
+def build_rank_model(
+    config: RunConfig, groups: Any, *, mask_id: int, device: torch.device
+) -> TwoStreamTransformer:
+    """This rank's part of the model, with its first weights."""
+    return build_model(
         config.model,
         pg_collection=groups,
-        mask_id=loader.tokenizer_info.mask_id,
+        mask_id=mask_id,
         seed=config.run.seed,
         dtype=DTYPES[config.train.precision],
         device=device,
         recompute=config.train.recompute,
         sequence_parallel=config.parallel.sequence_parallel,
     )
-    check_group_rules(config, model, communicator)
-    counts = communicator.gather_objects(own_parameters(model) if groups.dp.rank() == 0 else 0)
-    console.line(f"{format_count(sum(counts))} parameters on {describe_layout(config, layout)}")
-    engine = build_engine(config, layout, model)
-    stack.callback(engine.close)
-    transformer = engine.module.config
-    copies = config.diffusion.noise_copies if config.diffusion.algo != "ar" else 0
 
-    def flops(result: StepResult) -> float:
+
+def step_flops(config: RunConfig, transformer: Any) -> Callable[[StepResult], float]:
+    """What says how many operations the model needed for a step.
+
+    Args:
+        config: the run.
+        transformer: Megatron's configuration of the model.
+    """
+
+    def count(result: StepResult) -> float:
         return float(
             count_step_flops(
                 transformer,
                 rows=config.train.global_batch_size,
                 seq=config.data.seq_len,
-                noisy_copies=copies,
+                noisy_copies=config.diffusion.noise_copies if config.diffusion.algo != "ar" else 0,
                 clean=config.diffusion.algo != "mdlm",
                 selected=result.masked_rows,
                 pairs=result.attention_pairs,
@@ -164,19 +209,7 @@ def build_parts(
             ).total
         )
 
-    return config, Parts(
-        engine=engine,
-        loader=loader,
-        objective=build_objective(config, loader.tokenizer_info, plan),
-        plan=plan,
-        evaluator=evaluator,
-        sampler=sampler,
-        communicator=communicator,
-        console=console,
-        device=device,
-        peak_tflops=config.train.peak_tflops or peak_tflops(device, DTYPES[config.train.precision]),
-        step_flops=flops,
-    )
+    return count
 
 
 def prepare_machine(config: RunConfig, launch: Launch) -> torch.device:

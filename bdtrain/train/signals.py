@@ -1,11 +1,10 @@
-"""When to stop early: signals, a launcher that died, and the file that says how an attempt ended.
+"""When to stop early: signals, and a launcher that died.
 
 Only the standard library is imported, so that a launcher can listen before it imports torch.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -15,9 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-EXIT = "EXIT.json"
 LAUNCHER_GONE = "launcher gone"
-REASONS = ("finished", "SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", LAUNCHER_GONE, "nonfinite", "error")
 
 _ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_PRESS_S = 1.0
@@ -45,7 +42,7 @@ class StopRequest:
 
     def __init__(self, *, poll_s: float = 0.5, proc: Path = Path("/proc")) -> None:
         self._poll_s, self._proc = poll_s, proc
-        self._found: tuple[str, float] | None = None
+        self._reason: str | None = None
         self._interrupted: float | None = None
         self._old: dict[signal.Signals, Any] = {}
         self._done = threading.Event()
@@ -54,19 +51,13 @@ class StopRequest:
 
     @property
     def pending(self) -> str | None:
-        """Why to stop, one of ``REASONS``: the first reason that came; None to go on."""
-        return self._found[0] if self._found else None
-
-    @property
-    def since(self) -> float | None:
-        """When it came, on the clock of ``time.monotonic``, seconds."""
-        return self._found[1] if self._found else None
+        """Why to stop, a signal's name or ``LAUNCHER_GONE``: the first reason that came; None to go on."""
+        return self._reason
 
     def ask(self, reason: str) -> None:
         """Ask for a stop; the first reason stays."""
-        # One assignment of one object: a signal handler may run between any two bytecodes of another thread.
-        if self._found is None:
-            self._found = (reason, time.monotonic())
+        if self._reason is None:
+            self._reason = reason
 
     def __enter__(self) -> StopRequest:
         """Install the handlers and start to watch. Main thread only, as Python has it."""
@@ -189,45 +180,3 @@ def _is_launcher(pid: int, proc: Path) -> bool:
         if not word.startswith("-"):
             return Path(word).name in _PROGRAMS
     return False
-
-
-def write_exit(folder: Path, reason: str, step: int, *, resumable: bool, exit_code: int) -> None:
-    """Say in ``EXIT.json`` how this attempt ended; rank 0 only.
-
-    Launchers hide it: after SIGTERM ``deepspeed`` returns 1 or -15 whatever the ranks returned.
-
-    Args:
-        folder: of the run.
-        reason: one of ``REASONS``.
-        step: batches taken.
-        resumable: whether the same command goes on from here.
-        exit_code: what this process returns to its launcher.
-
-    Raises:
-        ValueError: for another reason.
-        OSError: if the disk refuses; no half of a file is left.
-    """
-    if reason not in REASONS:
-        raise ValueError(f"reason {reason!r} is none of {REASONS}")
-    content = {
-        "reason": reason,
-        "step": step,
-        "resumable": resumable,
-        "exit_code": exit_code,
-        "time": round(time.time(), 3),
-    }
-    temporary = folder / f".tmp-{EXIT}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / EXIT)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def clear_exit(folder: Path) -> None:
-    """Remove ``EXIT.json`` at the start of an attempt: without it, the last attempt was killed."""
-    (folder / EXIT).unlink(missing_ok=True)

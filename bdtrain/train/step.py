@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from bdtrain.data.loader import Batch, split_rows
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
+from bdtrain.diffusion.micro_batch import MicroBatch, corrupt_rows
 from bdtrain.diffusion.objectives.base import Objective
 from bdtrain.model.flops import count_pairs
-from bdtrain.model.forward import MicroBatch, corrupt_rows, forward_stage, stream_rows
+from bdtrain.model.forward import forward_stage, stream_rows
 from bdtrain.parallel.engine import Engine, run_schedule
 
 

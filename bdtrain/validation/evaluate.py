@@ -16,10 +16,8 @@ from bdtrain.data.build import build_source
 from bdtrain.data.loader import ValidationSet
 from bdtrain.data.source import Row, Source
 from bdtrain.data.text_source import TextSource
-from bdtrain.data.tokenizer import Tokenizer, TokenizerInfo
-from bdtrain.diffusion.objectives.base import Objective
-from bdtrain.diffusion.objectives.build import make_objective
-from bdtrain.diffusion.plan import NoisePlan, evaluation_plan
+from bdtrain.data.tokenizer import Tokenizer
+from bdtrain.diffusion.build import build_objective, reported_plan
 from bdtrain.errors import DataError, TokenizerError
 from bdtrain.model.build import build_model
 from bdtrain.model.transformer import TwoStreamTransformer
@@ -33,39 +31,6 @@ MICRO_BATCHES = 4
 
 BASELINE_TOKENS = 50_000_000
 """Training tokens that the unigram and bigram models are fitted on at most."""
-
-
-def build_objective(config: RunConfig, info: TokenizerInfo, plan: NoisePlan | None) -> Objective:
-    """The objective of a run under some noise plan."""
-    return make_objective(
-        config.diffusion.algo,
-        plan=plan,
-        mask_id=info.mask_id,
-        vocab_size=info.vocab_size,
-        seq_len=config.data.seq_len,
-        isolate_documents=config.data.documents == "isolate",
-    )
-
-
-def training_plan(config: RunConfig) -> NoisePlan | None:
-    """The noise plan of training; None for AR, which has no noise."""
-    if config.diffusion.algo == "ar":
-        return None
-    plan = config.diffusion.plan
-    return NoisePlan(
-        config.diffusion.block_size,
-        kind=plan.kind,
-        schedule=config.diffusion.schedule,
-        clip_range=plan.clip_range,
-        weighting=plan.weighting,
-        resample=plan.resample,
-        strata=plan.strata,
-    )
-
-
-def reported_plan(config: RunConfig) -> NoisePlan | None:
-    """The plan of the reported bound: the full range of noise, whatever training draws; None for AR."""
-    return None if config.diffusion.algo == "ar" else evaluation_plan(config.diffusion.block_size)
 
 
 class Evaluator:
@@ -94,7 +59,9 @@ class Evaluator:
         self._batch_size = batch_size or MICRO_BATCHES * micro
         self._rows = ValidationSet(source, max_sequences=config.validation.sequences)
         self._token_bytes = torch.from_numpy(source.byte_lengths) if config.data.kind == "corpus" else None
-        self._objective = build_objective(config, source.tokenizer_info, reported_plan(config))
+        self._objective = build_objective(
+            config.diffusion, config.data, source.tokenizer_info, reported_plan(config.diffusion)
+        )
 
     @property
     def row_numbers(self) -> tuple[int, ...]:

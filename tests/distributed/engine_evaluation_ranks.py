@@ -12,16 +12,15 @@ from engine_ranks import (
     RaggedRows,
     assemble,
     cases_from,
-    dense_losses,
     make_config,
     make_grid,
     make_model,
-    plain_training,
     same_bits,
     snapshot,
     start,
     training,
 )
+from plain_twin import dense_losses, plain_training
 
 STEPS, DRAWS, BATCH, SAMPLED, SAMPLES = 2, 2, 4, 12, 3
 
@@ -62,10 +61,12 @@ def evaluate(rank: int, world: int, listed: list[dict[str, Any]]) -> dict[str, A
 
 
 def reported_objective() -> Any:
-    from bdtrain.validation.evaluate import build_objective, reported_plan
+    from bdtrain.diffusion.build import build_objective, reported_plan
 
     config = make_config(Case())
-    return build_objective(config, RaggedRows().tokenizer_info, reported_plan(config))
+    return build_objective(
+        config.diffusion, config.data, RaggedRows().tokenizer_info, reported_plan(config.diffusion)
+    )
 
 
 def likelihood(model: Any) -> dict[str, Any]:

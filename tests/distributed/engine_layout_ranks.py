@@ -12,11 +12,11 @@ from engine_ranks import (
     cases_from,
     compare,
     make_grid,
-    plain_training,
     start,
     take_step,
     training,
 )
+from plain_twin import plain_training
 
 STEPS, RECOMPUTED_STEPS = 5, 2
 SPLIT = (Case(tp=2), Case(tp=2, sp=True), Case(tp=2, sp=True, zero=3))

@@ -72,7 +72,8 @@ def accumulate(case: Case, groups: Any, alone: Any, count: int) -> dict[str, flo
     """
     from bdtrain.data.loader import Loader, split_rows
     from bdtrain.diffusion.keyed import NoiseKey, Purpose
-    from bdtrain.model.forward import corrupt_rows, forward_losses
+    from bdtrain.diffusion.micro_batch import corrupt_rows
+    from bdtrain.model.forward import forward_losses
 
     dp = groups.dp.size()
     case = replace(case, rows=count * dp, micro=1, clip=None)

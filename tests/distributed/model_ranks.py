@@ -67,7 +67,7 @@ def make_objective_of(name: str):
 def make_micro_batch(name: str, *, seed: int = 0, dtype=torch.float64):
     """Corrupted rows of the objective, the same on every rank; weights in the type of the losses."""
     from bdtrain.diffusion.keyed import NoiseKey, Purpose
-    from bdtrain.model.forward import corrupt_rows
+    from bdtrain.diffusion.micro_batch import corrupt_rows
 
     generator = torch.Generator().manual_seed(seed)
     rows = SimpleNamespace(

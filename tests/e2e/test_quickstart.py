@@ -94,6 +94,21 @@ def test_summary_holds_every_number(quickstart):
     assert abs(summary["nelbo_before"] / 5.99 - 1) < 0.03
 
 
+def test_last_lines_say_where_to_look_and_what_to_do_next(quickstart):
+    folder, done = quickstart
+    summary = json.loads((folder / "summary.json").read_text())
+    report = (folder / "run" / "report.html").read_text(encoding="utf-8")
+    for name in ("bpb_before", "unigram_bpb", "bigram_bpb", "gzip_bpb", "bpb_after"):
+        assert f"<output>{summary[name]:.3f}</output>" in report, name
+    lines = done.stdout.partition("\nNext:\n")[2].splitlines()
+    assert 6 <= len(lines) <= 14
+    assert (folder / "run" / "report.html").as_uri() in lines[0]
+    assert f"make dashboard RUN={folder / 'run'}" in lines[1]
+    for line in lines[2:]:
+        scripts = [word for word in line.split() if word.endswith(".py")]
+        assert all((ROOT / script).is_file() for script in scripts), line
+
+
 def test_saved_weights_evaluate_to_what_training_reported(quickstart):
     folder, _ = quickstart
     checkpoint, again = folder / "run" / "checkpoint", folder / "again.json"

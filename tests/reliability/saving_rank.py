@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from bdtrain.train.signals import StopRequest, write_exit
+from bdtrain.train.folder import write_exit
+from bdtrain.train.signals import StopRequest
 
 SAVE_S = 2.0
 

@@ -240,7 +240,8 @@ class Bare:
 
         from bdtrain.data.loader import split_rows
         from bdtrain.diffusion.keyed import NoiseKey, Purpose
-        from bdtrain.model.forward import corrupt_rows, forward_losses
+        from bdtrain.diffusion.micro_batch import corrupt_rows
+        from bdtrain.model.forward import forward_losses
 
         config, watch, torch = self.ours.config, self.watch, self.torch
         objective, size = self.ours.trainer.parts.objective, config.train.global_batch_size

@@ -146,7 +146,7 @@ class OurStep:
     def corrupt(self, copies: int = 1) -> Any:
         """Draw new noise."""
         from bdtrain.diffusion.keyed import NoiseKey, Purpose
-        from bdtrain.model.forward import MicroBatch
+        from bdtrain.diffusion.micro_batch import MicroBatch
 
         self.draws += 1
         layout = self.objective.layout(self.documents)

@@ -8,7 +8,7 @@ import torch
 
 from bdtrain.parallel.fragments import StateFragment
 from bdtrain.testing import run_ranks
-from tools.bench import checkpoint_formats, driver_cost
+from tools.bench import checkpoint_candidates, checkpoint_formats, driver_cost
 
 TINY = driver_cost.Shape(layers=2, hidden=32, heads=4, vocabulary=64, seq=32, block=4, rows=2)
 
@@ -45,14 +45,14 @@ def test_parts_of_a_step_add_up_to_the_whole():
 
 
 def fragment(start, count, name="head.weight"):
-    tensors = {kind: torch.zeros(count) for kind in checkpoint_formats.KINDS}
+    tensors = {kind: torch.zeros(count) for kind in checkpoint_candidates.KINDS}
     return StateFragment(name, (4, 5), None, 1, 0, 1, start, count, tensors)
 
 
 def bench(*fragments):
     zero = SimpleNamespace(_lazy_init_hp_params_optimizer_state=lambda: None)
     engine = SimpleNamespace(_engine=SimpleNamespace(optimizer=zero), fragments=lambda: list(fragments))
-    return checkpoint_formats.Bench(engine, [], SimpleNamespace(rank=0))
+    return checkpoint_candidates.Bench(engine, [], SimpleNamespace(rank=0))
 
 
 def test_a_kind_that_was_not_restored_is_named():
@@ -67,7 +67,7 @@ def test_numbers_say_where_they_belong():
     whole, tail = bench(fragment(0, 20)), bench(fragment(7, 13))
     whole.fill()
     tail.fill()
-    for kind in checkpoint_formats.KINDS:
+    for kind in checkpoint_candidates.KINDS:
         values = whole.fragments[0].tensors[kind]
         assert values.unique().numel() == 20
         assert values[7:].equal(tail.fragments[0].tensors[kind])

@@ -33,11 +33,12 @@ def run(*overrides: str) -> RunConfig:
 def kept_bytes(config: RunConfig) -> int:
     """What autograd keeps after the forward pass of one micro-batch, weights aside; each memory once."""
     from bdtrain.data.build import build_loader
+    from bdtrain.diffusion.build import build_objective, training_plan
     from bdtrain.diffusion.keyed import NoiseKey, Purpose
+    from bdtrain.diffusion.micro_batch import corrupt_rows
     from bdtrain.model.build import build_model
-    from bdtrain.model.forward import corrupt_rows, forward_losses
+    from bdtrain.model.forward import forward_losses
     from bdtrain.testing import single_process_groups
-    from bdtrain.train.setup import build_objective, training_plan
 
     rows = config.train.global_batch_size
     with (
@@ -52,7 +53,7 @@ def kept_bytes(config: RunConfig) -> int:
             vocab_size=info.vocab_size,
             recompute=config.train.recompute,
         ).train()
-        objective = build_objective(config, info, training_plan(config))
+        objective = build_objective(config.diffusion, config.data, info, training_plan(config.diffusion))
         micro = corrupt_rows(
             objective,
             loader.batch(0),

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
+from bdtrain.diffusion.micro_batch import corrupt_rows
 from bdtrain.diffusion.objectives.block_diffusion import BlockDiffusion
 from bdtrain.diffusion.plan import NoisePlan
-from bdtrain.model.forward import corrupt_rows, forward_losses
+from bdtrain.model.forward import forward_losses
 from bdtrain.model.transformer import assemble_streams
 
 MASK, VOCAB, BLOCK = 4, 29, 4

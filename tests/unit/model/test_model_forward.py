@@ -96,7 +96,8 @@ def test_backward_makes_again_what_was_asked_for(build, make_case, recompute, at
 def test_losses_are_asked_of_the_stage_that_has_a_head(build, make_case):
     from types import SimpleNamespace
 
-    from bdtrain.model.forward import MicroBatch, forward_losses, forward_stage
+    from bdtrain.diffusion.micro_batch import MicroBatch
+    from bdtrain.model.forward import forward_losses, forward_stage
 
     case = make_case()
     weight = torch.rand(case.masked.shape, dtype=torch.float64)

@@ -71,8 +71,17 @@ def test_gradients_keep_at_least_the_parameters_precision(build, make_case, dtyp
     assert {parameter.grad.dtype for parameter in model.parameters()} == {wanted}
 
 
-def test_nothing_is_partial_on_one_rank(build):
-    assert partial_gradient_parameters(build()) == []
+def test_norms_of_queries_and_keys_are_partial_on_any_number_of_ranks(build):
+    model = build()
+    marked = {id(parameter) for parameter in partial_gradient_parameters(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in marked}
+    kinds = ("q_layernorm", "k_layernorm")
+    layers = range(len(model.decoder.layers))
+    assert names == {f"decoder.layers.{n}.self_attention.{kind}.weight" for n in layers for kind in kinds}
+
+
+def test_a_model_without_norms_of_queries_and_keys_has_no_partial_gradient(build):
+    assert partial_gradient_parameters(build("bd3lm")) == []
 
 
 @pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])

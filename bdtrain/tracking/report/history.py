@@ -1,0 +1,226 @@
+"""How a run went: curves, time, samples and events, as pieces of the report's page."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bdtrain.tracking.console import format_count, format_seconds
+from bdtrain.tracking.goodput import ACTIVITIES
+from bdtrain.tracking.names import METRICS
+from bdtrain.tracking.report.curves import Curve, Mark, draw_curve, make_axes, thin
+from bdtrain.tracking.report.read import CHECKPOINTS, Run, number
+from bdtrain.tracking.report.results import is_exact, read_baselines
+from bdtrain.tracking.report.style import escape
+from bdtrain.tracking.spool import METRICS_FILE
+
+MAX_EVENT_ROWS = 200
+MAX_SAMPLE_CHARACTERS = 20_000
+FAULTS = ("skipped", "failed", "checkpoint_failed", "rejected_checkpoint")
+
+
+def list_curves(run: Run) -> list[Curve]:
+    """What there is to draw, in the order of the page."""
+    columns = run.metrics.columns
+    noise, sample = (columns[f"val/nelbo_{part}_error"].by_step() for part in ("noise", "text"))
+    both = {step: math.hypot(noise.get(step, 0.0), sample.get(step, 0.0)) for step in {**noise, **sample}}
+    nelbo, bpb = columns["val/nelbo"].by_step(), columns["val/bpb"].by_step()
+    scale = {step: bpb[step] / nelbo[step] for step in bpb if nelbo.get(step)}
+
+    def in_bits(errors: Mapping[int, float]) -> dict[int, float]:
+        return {step: error * scale[step] for step, error in errors.items() if step in scale}
+
+    def curve(name: str, title: str, **more: Any) -> Curve:
+        return Curve(name, title, METRICS[name].unit.replace("1", ""), columns[name], **more)
+
+    bound = "NLL" if is_exact(run) else "NELBO"
+    found = [
+        curve("train/loss", "Training loss"),
+        curve("val/bpb", "Held-out bits per byte", errors=(in_bits(noise), in_bits(both)), dots=True,
+              levels=read_baselines(run)),
+        curve("val/nelbo", f"Held-out {bound}", errors=(noise, both), dots=True),
+        curve("train/grad_norm", "Gradient norm before clipping"),
+        curve("train/lr", "Learning rate"),
+        curve("perf/tokens_per_second", "Speed"),
+    ]  # fmt: skip
+    return [curve for curve in found if any(map(math.isfinite, curve.column.values))]
+
+
+def plotted(curve: Curve) -> dict[str, list[Any]]:
+    """The drawn values of a curve, one for each corner of its line."""
+    chosen = thin(curve.column.values)
+    return {
+        "steps": [curve.column.steps[position] for position in chosen],
+        "values": [curve.column.values[position] for position in chosen],
+    }
+
+
+def show_curves(run: Run) -> str:
+    """Every curve, with the switch between the horizontal axes."""
+    axes, marks = make_axes(run.metrics), list_marks(run)
+    curves = list_curves(run)
+    until = max(((curve.column.steps[-1], curve.column.times[-1]) for curve in curves), default=(0, 0.0))
+    figures = "".join(draw_curve(curve, axes, marks, until) for curve in curves)
+    if not figures:
+        return '<section><h2>Curves</h2><p class="soft">No step was reported yet.</p></section>'
+    picks = "".join(
+        f'<input class="pick" type="radio" name="axis" id="pick-{axis.name}"{" checked" * (axis is axes[0])}>'
+        for axis in axes
+    )
+    labels = "".join(f'<label for="pick-{axis.name}">{axis.title}</label>' for axis in axes)
+    notes = []
+    if run.metrics.columns["val/nelbo_text_error"].steps:
+        notes.append(
+            "Thick bars: one standard error from the draws of the noise. Thin bars: with the choice of the "
+            "text, which is the same at every step."
+        )
+    if any(mark.kind == "attempt" for mark in marks):
+        notes.append("Dotted lines: another attempt goes on from there.")
+    if any(mark.kind == "fault" for mark in marks):
+        notes.append("Triangles: faults.")
+    return (
+        f'<section><h2>Curves</h2>{picks}<div class="axes">{labels}</div><div class="curves">{figures}</div>'
+        f'<p class="note">{" ".join(notes)}</p></section>'
+    )
+
+
+def list_marks(run: Run) -> list[Mark]:
+    """Attempts after the first one, and faults; attempts first."""
+    marks = [
+        Mark(start["step"], start["time"], "attempt", f"attempt {start['attempt']} from step {start['step']}")
+        for start in run.metrics.starts()[1:]
+    ]
+    for event in run.metrics.events:
+        if event["event"] in FAULTS:
+            marks.append(Mark(event["step"], event["time"], "fault", f"step {event['step']}: {_tell(event)}"))
+    return marks
+
+
+def show_goodput(run: Run) -> str:
+    """Where the time went."""
+    seconds, what = run.goodput
+    spent = {name: seconds[name] for name in ACTIVITIES if seconds.get(name, 0.0) > 0}
+    whole = sum(spent.values())
+    if whole <= 0:
+        return ""
+    words = {
+        "setup": "set-up",
+        "data_wait": "waiting for data",
+        "checkpoint": "checkpoints",
+        "lost": "lost to faults and skipped steps",
+        "down": "down between attempts",
+    }
+    bars = "".join(
+        f'<span class="a-{name}" style="width:{100 * value / whole:.3f}%"></span>'
+        for name, value in spent.items()
+    )
+    legend = "".join(
+        f'<span><i class="a-{name}"></i>{words.get(name, name)} {_duration(value)}, '
+        f"{value / whole:.1%}</span>"
+        for name, value in sorted(spent.items(), key=lambda item: -item[1])
+    )
+    wall = whole - spent.get("down", 0.0)
+    good = (
+        f"Goodput {spent.get('training', 0.0) / wall:.1%}: training over the time of all attempts"
+        if wall
+        else ""
+    )
+    return (
+        f'<section><h2>Where the time went <span class="soft">{escape(what)}</span></h2>'
+        f'<div class="time">{bars}</div><div class="legend">{legend}</div>'
+        f'<p class="note">{good}.</p></section>'
+    )
+
+
+def _duration(seconds: float) -> str:
+    return format_seconds(seconds) if seconds >= 10 else f"{seconds:.1f}s"
+
+
+def show_samples(run: Run) -> str:
+    """The last sample; earlier ones folded."""
+    if not run.samples:
+        return ""
+
+    def show(sample: Mapping[str, Any]) -> str:
+        words = str(sample["text"])[:MAX_SAMPLE_CHARACTERS]
+        prompt = sample.get("prompt")
+        before = f"<p class='note'>after the prompt</p><pre>{escape(prompt)}</pre>" if prompt else ""
+        return f"{before}<pre>{escape(words)}</pre>"
+
+    *earlier, last = run.samples
+    folded = "".join(
+        f"<details><summary>step {escape(sample.get('step', '?'))}</summary>{show(sample)}</details>"
+        for sample in reversed(earlier)
+    )
+    return f"<section><h2>Sample at step {escape(last.get('step', '?'))}</h2>{show(last)}{folded}</section>"
+
+
+def show_events(run: Run) -> str:
+    """Attempts, faults and checkpoints in order."""
+    events = run.metrics.events
+    if not events:
+        return ""
+    skipped = run.metrics.columns["fault/skipped_steps"].values
+    counts = [
+        f"{len(run.metrics.starts())} attempt{'s' * (len(run.metrics.starts()) != 1)}",
+        f"{int(skipped[-1]) if skipped else 0} steps skipped",
+        f"{sum(event['event'] == 'checkpoint' for event in events)} checkpoints",
+    ]
+    shown: Sequence[dict[str, Any]] = events
+    left = ""
+    if len(events) > MAX_EVENT_ROWS:
+        half = MAX_EVENT_ROWS // 2
+        shown = [*events[:half], *events[-half:]]
+        left = f'<p class="note">{len(events) - len(shown):,} more in the middle, see {METRICS_FILE}.</p>'
+    rows = "".join(
+        f'<tr class="{"fault" if event["event"] in FAULTS else ""}">'
+        f'<td class="n">{event["step"]:,}</td><td class="n">{event["attempt"]}</td>'
+        f"<td>{time.strftime('%m-%d %H:%M:%S', _utc(event['time']))}</td>"
+        f"<td>{escape(_tell(event, run))}</td></tr>"
+        for event in shown
+    )
+    table = (
+        '<div class="scroll"><table><tr><th class="n">step</th><th class="n">attempt</th><th>time (UTC)</th>'
+        f"<th>what</th></tr>{rows}</table></div>{left}"
+    )
+    if len(shown) > 30:
+        table = f"<details><summary>{len(events):,} events</summary>{table}</details>"
+    return f'<section><h2>Events <span class="soft">{", ".join(counts)}</span></h2>{table}</section>'
+
+
+def _utc(seconds: float) -> time.struct_time:
+    try:
+        return time.gmtime(seconds)
+    except (OverflowError, ValueError, OSError):
+        return time.gmtime(0)
+
+
+def _tell(event: Mapping[str, Any], run: Run | None = None) -> str:
+    """An event in words."""
+    name = event["event"]
+    if name == "start":
+        origin = f" from {event['checkpoint']}" if event.get("checkpoint") else ""
+        changed = event.get("changed") if isinstance(event.get("changed"), list) else []
+        return f"attempt {event['attempt']} began{origin}, {event.get('world_size', '?')} ranks" + "".join(
+            f"; {change[0]}: {change[1]} -> {change[2]}"
+            for change in changed or ()
+            if isinstance(change, list) and len(change) == 3
+        )
+    if name == "checkpoint":
+        folder, size = str(event.get("folder", "?")), number(event, "bytes")
+        gone = "" if run is None or folder in run.checkpoints else " (deleted since)"
+        place = f"{CHECKPOINTS}/{folder}"
+        return f"checkpoint {place}{'' if size is None else f', {format_count(size)}B'}{gone}"
+    if name == "skipped":
+        return f"step skipped, not finite: loss {event.get('loss', '?')}, rows {event.get('rows', '?')}"
+    if name == "rejected_checkpoint":
+        return f"checkpoint {event.get('folder', '?')} passed over: {event.get('reason', '?')}"
+    if name == "checkpoint_failed":
+        return f"checkpoint could not be written: {event.get('reason', '?')}"
+    if name == "failed":
+        return f"ended by an error: {event.get('error') or event.get('reason', '?')}"
+    if name == "stop":
+        return f"stopped by {event.get('reason', '?')}, saved"
+    return "finished" if name == "end" else str(name)

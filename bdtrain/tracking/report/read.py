@@ -1,0 +1,472 @@
+"""What a report is made from: the files of a run's folder; what is missing or torn is left out.
+
+The metrics file may hold a hundred thousand lines. A report draws few of their fields, so a report line is
+matched instead of being parsed; ``read_columns`` keeps the rules of ``read_metrics`` all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bdtrain.errors import ConfigError
+from bdtrain.tracking.spool import METRICS_FILE
+
+EXIT_FILE, RUN_FILE, CONFIG_FILE = "EXIT.json", "run.json", "config.yaml"
+SUMMARY_FILE, SAMPLES_FILE, LOCK_FILE = "summary.json", "samples.jsonl", ".lock"
+CHECKPOINTS, WEIGHTS = "checkpoints", "checkpoint"
+HEARTBEAT_STALE_S = 30.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+MAX_SAMPLES = 20
+MAX_JSON_BYTES = 1 << 22
+
+COLUMNS = (
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "train/tokens",
+    "perf/tokens_per_second",
+    "perf/cpu_seconds",
+    "fault/skipped_steps",
+    "val/nelbo",
+    "val/nelbo_noise_error",
+    "val/nelbo_text_error",
+    "val/ppl",
+    "val/bpb",
+    "val/tokens",
+)
+"""Metrics that a report reads."""
+
+_WANTED = frozenset({"step", "attempt", "time", *COLUMNS})
+
+
+@dataclass
+class Column:
+    """One metric over the run: the values that count, by step.
+
+    Attributes:
+        steps: ascending.
+        values: may be ``nan`` or infinite.
+        times: seconds since 1970.
+        attempts: which attempt said so.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    attempts: list[int] = field(default_factory=list)
+
+    def extend(self, steps: list[int], values: list[float], times: list[float], attempts: list[int]) -> None:
+        """Append values; they hide what an earlier attempt said of their first step."""
+        while steps and self.steps and self.steps[-1] == steps[0] and self.attempts[-1] != attempts[0]:
+            self._drop()
+        self.steps += steps
+        self.values += values
+        self.times += times
+        self.attempts += attempts
+
+    def keep_until(self, step: int) -> None:
+        """Forget what lies behind a step: a later attempt does it again."""
+        while self.steps and self.steps[-1] > step:
+            self._drop()
+
+    def _drop(self) -> None:
+        for values in (self.steps, self.values, self.times, self.attempts):
+            values.pop()
+
+    def at(self, step: float) -> float | None:
+        """The value at a step, on a straight line between its neighbours; None where there is no value."""
+        return interpolate(self.steps, self.values, step)
+
+    def by_step(self) -> dict[int, float]:
+        """Value by step, the last one where a step has several."""
+        return dict(zip(self.steps, self.values, strict=True))
+
+
+@dataclass
+class Metrics:
+    """The metrics file.
+
+    Attributes:
+        columns: by metric, all of ``COLUMNS``.
+        events: of all attempts, in order.
+        reports: lines that are no events, replaced ones included.
+        first_time: of the first line, seconds since 1970; None in an empty file.
+        last_time: of the last line.
+        last_step: the last step that anything was said of.
+        cpu_before: CPU seconds that the attempts before each one had used.
+        cpu_seconds: of the attempt that is read, so far.
+    """
+
+    columns: dict[str, Column] = field(default_factory=lambda: {name: Column() for name in COLUMNS})
+    events: list[dict[str, Any]] = field(default_factory=list)
+    reports: int = 0
+    first_time: float | None = None
+    last_time: float | None = None
+    last_step: int = 0
+    cpu_before: dict[int, float] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+
+    def begin_attempt(self, start: Mapping[str, Any]) -> None:
+        """Forget what the attempt does again."""
+        used = max(self.cpu_before.values(), default=0.0) + self.cpu_seconds
+        self.cpu_before[start["attempt"]], self.cpu_seconds = used, 0.0
+        for column in self.columns.values():
+            column.keep_until(start["step"])
+
+    def see(self, step: int, first_time: float, last_time: float) -> None:
+        """Note a stretch of lines."""
+        self.first_time = first_time if self.first_time is None else self.first_time
+        self.last_time, self.last_step = last_time, step
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The events that open an attempt."""
+        return [event for event in self.events if event["event"] == "start"]
+
+
+@dataclass
+class Run:
+    """Everything a report says of a run.
+
+    Attributes:
+        folder: of the run.
+        metrics: the metrics file.
+        state: how it stands, in one word: ``finished``, ``stopped``, ``failed``, ``running`` or ``killed``.
+        sentence: the same in plain words.
+        config: the resolved configuration, empty where it cannot be read.
+        config_text: as written.
+        facts: ``run.json``.
+        summary: ``summary.json``; empty before the end.
+        exit: ``EXIT.json``.
+        evaluations: ``evaluation*.json`` in the folder and beside it, by file name.
+        samples: the last lines of ``samples.jsonl``.
+        goodput: seconds by activity, and of what it speaks.
+        checkpoints: names of the training checkpoints on the disk.
+    """
+
+    folder: Path
+    metrics: Metrics
+    state: str = "killed"
+    sentence: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exit: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    goodput: tuple[dict[str, float], str] = field(default_factory=lambda: ({}, ""))
+    checkpoints: list[str] = field(default_factory=list)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder.
+
+    Args:
+        folder: of a run that is finished, stopped, killed or at work.
+
+    Raises:
+        ConfigError: if the folder holds no run.
+        OSError: if its metrics file is there and cannot be read.
+    """
+    if not (folder / METRICS_FILE).is_file() and not (folder / RUN_FILE).is_file():
+        what = "holds no run" if folder.is_dir() else "is no folder"
+        raise ConfigError(
+            f"{folder} {what}: it has neither {METRICS_FILE} nor {RUN_FILE}; give the folder that "
+            "run.folder named, for example runs/quickstart/run"
+        )
+    run = Run(folder, read_columns(folder / METRICS_FILE))
+    run.config_text = _read_text(folder / CONFIG_FILE)
+    run.config = _read_yaml(run.config_text)
+    run.facts, run.summary = read_json(folder / RUN_FILE), read_json(folder / SUMMARY_FILE)
+    run.exit = read_json(folder / EXIT_FILE)
+    if run.exit.get("reason") != "finished":
+        run.summary = {}  # of an earlier end: the run was continued since
+    run.state, run.sentence = _describe_state(run)
+    run.evaluations = _read_evaluations(folder)
+    run.samples = _read_samples(folder / SAMPLES_FILE)
+    run.checkpoints = _names(folder / CHECKPOINTS, "step-*")
+    run.goodput = _read_goodput(run)
+    return run
+
+
+def read_columns(path: Path) -> Metrics:
+    """The drawn fields of a metrics file, by the rules of ``read_metrics``.
+
+    Args:
+        path: the file; one that is not there has no lines, and a torn last line is left out.
+    """
+    metrics, rows = Metrics(), _Rows()
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return metrics
+    with file:
+        for line in file:
+            if rows.take(line):
+                continue
+            record = _parse(line) if line.endswith(b"\n") else None
+            if record is None:
+                continue
+            if "event" not in record:
+                rows.take_new(record, line)
+                continue
+            rows.move_to(metrics)
+            if record["event"] == "start":
+                metrics.begin_attempt(record)
+            metrics.events.append(record)
+            metrics.see(record["step"], record["time"], record["time"])
+    rows.move_to(metrics)
+    return metrics
+
+
+class _Rows:
+    """Report lines of one shape in a row, their numbers still text.
+
+    Nearly all lines of a file have the same keys in the same order: one pattern takes the wanted numbers out.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._pattern: re.Pattern[bytes] | None = None
+        self._patterns: dict[tuple[str, ...], re.Pattern[bytes]] = {}
+        self._rows: list[tuple[bytes, ...]] = []
+        self._filled: list[tuple[tuple[str, ...], list[tuple[bytes, ...]]]] = []
+
+    def take(self, line: bytes) -> bool:
+        """Take a line that has the shape of the one before it; False if it has not."""
+        match = self._pattern.fullmatch(line) if self._pattern is not None else None
+        if match is None:
+            return False
+        self._rows.append(match.groups())
+        return True
+
+    def take_new(self, record: dict[str, Any], line: bytes) -> None:
+        """Take a line of another shape."""
+        keys = tuple(record)
+        if keys not in self._patterns:
+            self._patterns[keys] = _make_pattern(keys)
+        self._pattern, self._rows = self._patterns[keys], []
+        self._names = tuple(key for key in keys if key in _WANTED)
+        self._filled.append((self._names, self._rows))
+        self.take(line)
+
+    def move_to(self, metrics: Metrics) -> None:
+        """Hand everything on as numbers, in order."""
+        for names, rows in self._filled:
+            if rows:
+                _add_rows(metrics, names, rows)
+        self._filled, self._pattern = [], None
+
+
+def _make_pattern(keys: Sequence[str]) -> re.Pattern[bytes]:
+    """What a line with these keys looks like; the wanted values are its groups, without their quotes."""
+    parts = []
+    for key in keys:
+        value = '"?([^,"}]+)"?' if key in _WANTED else '"?[^,"}]*"?'
+        parts.append(re.escape(json.dumps(key, ensure_ascii=False)) + ": " + value)
+    return re.compile((r"\{" + ", ".join(parts) + r"\}\n").encode())
+
+
+def _add_rows(metrics: Metrics, names: tuple[str, ...], rows: list[tuple[bytes, ...]]) -> None:
+    texts = dict(zip(names, zip(*rows, strict=True), strict=True))
+    try:
+        # float() reads nan, inf and -inf as they stand in the file.
+        numbers = {name: list(map(float, column)) for name, column in texts.items()}
+        steps = list(map(int, numbers.pop("step")))
+        attempts = list(map(int, numbers.pop("attempt")))
+    except (ValueError, OverflowError):
+        if len(rows) > 1:  # one line of another writer: the others count
+            for row in rows:
+                _add_rows(metrics, names, [row])
+        return
+    times = numbers.pop("time")
+    for name, values in numbers.items():
+        metrics.columns[name].extend(steps, values, times, attempts)
+    if "perf/cpu_seconds" in numbers:
+        metrics.cpu_seconds = numbers["perf/cpu_seconds"][-1]
+    metrics.reports += len(rows)
+    metrics.see(steps[-1], times[0], times[-1])
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Fields of a line, None if it is not one of ours."""
+    try:
+        record = dict(json.loads(line))
+        record["step"], record["attempt"] = int(record["step"]), int(record["attempt"])
+        record["time"] = float(record["time"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return record
+
+
+def interpolate(knots: Sequence[float], values: Sequence[float], at: float) -> float | None:
+    """The value at a place, on a straight line between its neighbours and constant outside.
+
+    Args:
+        knots: ascending.
+        values: one for each.
+        at: the place.
+    """
+    if not knots:
+        return None
+    right = bisect_right(knots, at)
+    if right == 0:
+        return values[0]
+    if right == len(knots):
+        return values[-1]
+    low, high = knots[right - 1], knots[right]
+    share = (at - low) / (high - low)
+    return values[right - 1] + share * (values[right] - values[right - 1])
+
+
+def number(values: Mapping[str, Any] | None, name: str) -> float | None:
+    """A finite number out of a JSON object; None where there is none."""
+    value = values.get(name) if isinstance(values, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def section(values: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """An object out of a JSON object; an empty one where there is none."""
+    value = values.get(name) if isinstance(values, Mapping) else None
+    return value if isinstance(value, dict) else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file is missing, torn or something else."""
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_JSON_BYTES).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _read_yaml(text: str) -> dict[str, Any]:
+    try:
+        # The C parser is ten times faster; the config alone would else take most of a report's time.
+        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _names(folder: Path, pattern: str) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.glob(pattern))
+    except OSError:
+        return []
+
+
+def _describe_state(run: Run) -> tuple[str, str]:
+    """How the run stands, from EXIT.json, else from the last event, else from the lock."""
+    ended, last = run.exit, run.metrics.events[-1] if run.metrics.events else {}
+    reason, step = str(ended.get("reason", "")), number(ended, "step")
+    if not reason and last.get("event") in ("end", "stop", "failed"):
+        # The disk was too full for EXIT.json, but not for the line.
+        reason, step = str(last.get("reason") or last["event"]), last["step"]
+    at = f" at step {round(step):,}" if step is not None else ""
+    failed = last.get("event") == "failed"
+    if reason in ("finished", "end"):
+        return "finished", f"Finished{at}."
+    if reason in ("nonfinite", "error", "failed") or failed:
+        why = str(last.get("error") or "") if failed else ""
+        words = "too many steps in a row were not finite" if reason == "nonfinite" else "an error"
+        return "failed", f"Ended{at} by {words}{f': {why}' if why else ''}."
+    if reason:
+        return "stopped", f"Stopped by {reason}{at} and saved; the same command continues the run."
+    when = run.metrics.last_time
+    seen = f", last heard of at step {run.metrics.last_step:,}" if when is not None else ""
+    if _is_alive(run.folder / LOCK_FILE):
+        return "running", f"Running{seen}."
+    kept = _names(run.folder / CHECKPOINTS, "step-*")
+    then = f"continues from {kept[-1]}" if kept else "begins anew: there is no checkpoint"
+    return "killed", f"Killed without notice{seen}; the same command {then}."
+
+
+def _is_alive(lock: Path) -> bool:
+    """Whether the trainer that holds a run's folder still lives; the lock itself is not touched."""
+    try:
+        age_s = time.time() - lock.stat().st_mtime
+        owner = json.loads(lock.read_text(encoding="utf-8"))
+        here = BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.exists() else None
+        if isinstance(owner, dict) and owner.get("machine") == here:
+            os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return age_s < HEARTBEAT_STALE_S
+
+
+def _read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+    """``evaluation*.json`` in the folder; beside it those whose weights are this run's."""
+    found = {}
+    folder = folder.resolve()
+    for place in (folder, folder.parent):
+        for name in _names(place, "evaluation*.json"):
+            content = read_json(place / name)
+            weights = Path(str(section(content, "manifest").get("checkpoint", "")))
+            # RUN/checkpoint or RUN/checkpoints/step-N. The run may have been moved since: its name must do.
+            ours = place == folder or folder.name in weights.parts[-3:-1]
+            if number(content, "nelbo") is not None and ours:
+                found[name] = content
+    return found
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    """The last samples; a torn line is left out."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            size = file.tell()
+            file.seek(max(0, size - MAX_JSON_BYTES))
+            lines = file.read().split(b"\n")[-MAX_SAMPLES - 1 :]
+    except OSError:
+        return []
+    samples = []
+    for line in lines:
+        try:
+            sample = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        words = sample.get("text") if isinstance(sample, dict) else None
+        if isinstance(words, str) and words.strip():  # synthetic data has no words
+            samples.append(sample)
+    return samples
+
+
+def _read_goodput(run: Run) -> tuple[dict[str, float], str]:
+    """Seconds by activity: of the whole run at its end, else up to the newest checkpoint."""
+    spent = section(run.summary, "goodput")
+    if spent:
+        keys = [key for key in spent if key.endswith("_seconds") and key != "wall_seconds"]
+        found = {key.removesuffix("_seconds"): number(spent, key) for key in keys}
+        return {key: value for key, value in found.items() if value is not None}, "of the whole run"
+    for name in reversed(run.checkpoints):
+        saved = section(read_json(run.folder / CHECKPOINTS / name / "state.json"), "goodput")
+        spent = section(saved, "seconds")
+        if spent:
+            found = {key: number(spent, key) for key in spent}
+            values = {key: value for key, value in found.items() if value is not None}
+            return values, f"up to the checkpoint {name}"
+    return {}, ""

@@ -1,0 +1,149 @@
+"""The look of a report: styles and a few lines of script, all inside the page."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+
+from bdtrain.tracking.spool import redact
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""What a browser may load for the page: nothing."""
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #fbfbf9; --card: #fff; --ink: #1d2126; --soft: #5c6570; --line: #e1e3e1; --grid: #ecedeb;
+  --curve: #1f6fb2; --bar: #1f6fb2; --level: #a9620b; --good: #1b7a48; --warn: #a9620b; --bad: #b3302b;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171a; --card: #1c2024; --ink: #e6e8ea; --soft: #9aa4ae; --line: #31373d; --grid: #282d32;
+    --curve: #6cb2f0; --bar: #6cb2f0; --level: #e5a55a; --good: #5cc48c; --warn: #e5a55a; --bad: #f0807a;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1060px; margin: 0 auto; padding: 20px 16px 60px; }
+h1 { font-size: 24px; margin: 8px 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 34px 0 10px; }
+p { margin: 6px 0; }
+.soft, .note, figcaption span { color: var(--soft); }
+.note { font-size: 13px; }
+.state { display: inline-block; font-weight: 600; border-left: 4px solid; padding: 2px 10px; }
+.state.finished, .state.running { color: var(--good); }
+.state.stopped { color: var(--warn); }
+.state.failed, .state.killed { color: var(--bad); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 14px 0; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; }
+.numbers > div, figure, pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
+.numbers > div { padding: 12px 14px; }
+.numbers b { display: block; font-size: 26px; line-height: 1.25; font-weight: 600; }
+.numbers small { color: var(--soft); font-size: 13px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: 4px 18px 4px 0; }
+tr { border-bottom: 1px solid var(--line); }
+th { font-weight: 500; color: var(--soft); white-space: nowrap; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+tr.fault td { color: var(--bad); }
+.compare { display: grid; grid-template-columns: max-content 1fr max-content; gap: 6px 12px; }
+.compare > * { align-self: center; }
+.compare i { display: block; height: 14px; background: var(--level); opacity: .55; border-radius: 2px; }
+.compare i.own { background: var(--curve); opacity: 1; }
+.compare i.early { background: var(--curve); opacity: .4; }
+.compare output { font-variant-numeric: tabular-nums; }
+.axes { display: flex; flex-wrap: wrap; gap: 4px; margin: 0 0 10px; }
+.pick { position: absolute; opacity: 0; }
+.axes label { border: 1px solid var(--line); border-radius: 4px; padding: 3px 12px; cursor: pointer; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px; }
+figure { margin: 0; padding: 10px 12px; }
+figcaption { font-weight: 600; display: flex; gap: 8px; flex-wrap: wrap; }
+figcaption span, figcaption output { font-weight: 400; }
+figcaption output { margin-left: auto; font-variant-numeric: tabular-nums; }
+svg { display: none; width: 100%; height: auto; touch-action: pan-y; }
+svg text { fill: var(--soft); font-size: 11.5px; }
+svg .y, svg .unit, svg text.level { text-anchor: end; }
+svg .x { text-anchor: middle; }
+svg .grid { stroke: var(--grid); }
+svg .axis, svg .tick { stroke: var(--soft); }
+svg .curve { fill: none; stroke: var(--curve); stroke-width: 1.6; stroke-linejoin: round; }
+svg .dots { fill: var(--curve); }
+svg .bar0 { stroke: var(--bar); stroke-width: 4; opacity: .6; }
+svg .bar1 { stroke: var(--bar); stroke-width: 1.2; opacity: .6; }
+svg path.level { stroke: var(--level); stroke-dasharray: 5 4; }
+svg text.level { fill: var(--level); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
+svg .attempt path { stroke: var(--warn); stroke-width: 1.4; stroke-dasharray: 2 3; }
+svg .fault path { fill: var(--bad); }
+svg .cursor { fill: var(--curve); stroke: var(--card); stroke-width: 2; visibility: hidden; }
+.time { display: flex; height: 22px; border-radius: 4px; overflow: hidden; background: var(--line); }
+.time span { min-width: 1px; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 8px 0; }
+.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
+.a-training { background: var(--curve); } .a-setup { background: #8a93a0; }
+.a-data_wait { background: #c9a227; }
+.a-validation { background: #4f9d8f; } .a-checkpoint { background: #9a78c2; }
+.a-other { background: #b9bec4; }
+.a-lost { background: var(--bad); } .a-down { background: #59616b; }
+pre { padding: 10px 12px; margin: 6px 0; overflow-x: auto;
+  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; font-size: 13px; }
+code { font-size: 13px; overflow-wrap: anywhere; }
+details { margin: 6px 0; }
+summary { cursor: pointer; }
+@media (max-width: 560px) {
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 6px; }
+  .compare { grid-template-columns: 1fr max-content; }
+  .compare > span { grid-column: 1 / -1; margin-bottom: -6px; }
+  svg text { font-size: 14px; }
+}
+"""
+
+SCRIPT = """
+const points = JSON.parse(document.getElementById("points").textContent);
+for (const svg of document.querySelectorAll("figure svg")) {
+  const figure = svg.closest("figure"), {steps, values} = points[figure.dataset.metric];
+  const line = svg.querySelector(".curve").points, cursor = svg.querySelector(".cursor");
+  const said = figure.querySelector("figcaption output");
+  svg.addEventListener("pointermove", event => {
+    const x = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()).x;
+    let best = 0;
+    for (let i = 1; i < line.length; i++) if (Math.abs(line[i].x - x) < Math.abs(line[best].x - x)) best = i;
+    cursor.setAttribute("cx", line[best].x); cursor.setAttribute("cy", line[best].y);
+    cursor.style.visibility = "visible";
+    const value = Number(values[best].toPrecision(5));
+    said.textContent = `step ${steps[best].toLocaleString("en")}: ${value}`;
+  });
+  svg.addEventListener("pointerleave", () => { cursor.style.visibility = "hidden"; said.textContent = ""; });
+}
+"""
+
+
+def axis_rules(names: list[str]) -> str:
+    """The styles by which the chosen horizontal axis shows, without any script.
+
+    Args:
+        names: of the axes.
+    """
+    rules = []
+    for name in names:
+        rules.append(f"#pick-{name}:checked ~ .curves .on-{name} {{ display: block; }}")
+        rules.append(
+            f'#pick-{name}:checked ~ .axes label[for="pick-{name}"] '
+            "{ border-color: var(--curve); color: var(--curve); }"
+        )
+        rules.append(
+            f'#pick-{name}:focus-visible ~ .axes label[for="pick-{name}"] '
+            "{ outline: 2px solid var(--curve); }"
+        )
+    return "\n".join(rules)
+
+
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def escape(value: object) -> str:
+    """Anything as text of the page: no tags, no control characters, no credentials of an address."""
+    return html.escape(_NOT_TEXT.sub("\ufffd", redact(str(value), os.environ)))

@@ -1,0 +1,458 @@
+"""The report of a run: its curves are the numbers of the metrics file, and its texts stay texts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bdtrain.errors import ConfigError
+from bdtrain.tracking.jsonl import MetricsLog, read_metrics
+from bdtrain.tracking.report import write_report
+from bdtrain.tracking.report.curves import make_ticks, thin
+from bdtrain.tracking.report.read import BOOT_ID, COLUMNS, read_columns
+
+VOID = {"meta", "input", "br"}
+CONFIG = """\
+run: {name: trial}
+model: {shape: qwen3, num_layers: 2, hidden_size: 16, num_heads: 2, num_kv_heads: 1, head_dim: 8,
+  ffn_size: 32, vocab_size: 128, vocab_multiple: 128}
+diffusion: {algo: block_diffusion, block_size: 4}
+train: {steps: 20, global_batch_size: 4, precision: fp32}
+data: {kind: corpus, path: some/corpus, seq_len: 64}
+parallel: {tp: 1, pp: 1, zero_stage: 1}
+tracking: {mlflow: true, mlflow_uri: "http://someone:secret-word@server:5000"}
+"""
+
+
+class Page(HTMLParser):
+    """Collects elements, the text inside each kind, and whether every tag is closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+            self.texts.setdefault(tag, []).append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts[self.open[-1]][-1] += data
+
+    def lines(self, metric: str, axis: str = "steps") -> list[tuple[float, float]]:
+        """Corners of a metric's curve on one axis."""
+        inside, shown = False, False
+        for tag, attributes in self.tags:
+            if tag == "figure":
+                inside = attributes["data-metric"] == metric
+            elif tag == "svg":
+                shown = attributes["class"] == f"on-{axis}"
+            elif tag == "polyline" and inside and shown:
+                pairs = (attributes["points"] or "").split()
+                return [tuple(map(float, pair.split(","))) for pair in pairs]  # type: ignore[misc]
+        return []
+
+    def plotted(self) -> dict[str, dict[str, list[float]]]:
+        return json.loads(next(text for text in self.texts["script"] if text.startswith("{")))
+
+
+def train_line(step: int, loss: float) -> dict[str, float]:
+    return {
+        "train/loss": loss,
+        "train/grad_norm": 0.5 + 1 / (1 + step),
+        "train/lr": 1e-3,
+        "train/tokens": 100 * step,
+        "perf/tokens_per_second": 1000.0 + step,
+        "perf/cpu_seconds": 2.0 * step,
+        "fault/skipped_steps": 0,
+    }
+
+
+def validation_line(nelbo: float) -> dict[str, float]:
+    return {
+        "val/nelbo": nelbo,
+        "val/nelbo_noise_error": 0.03,
+        "val/nelbo_text_error": 0.04,
+        "val/ppl": math.exp(nelbo),
+        "val/bpb": nelbo / 2,
+        "val/tokens": 5000,
+    }
+
+
+def make_run(folder: Path, *, steps: int = 20, end: str | None = "end") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "run.json").write_text(json.dumps({"run_uid": "u", "tokenizer": {"vocab_size": 128}}))
+    with MetricsLog(folder / "metrics.jsonl", 1) as log:
+        log.event("start", 0, world_size=2, torch="9", host="here")
+        log.write(0, validation_line(5.0))
+        for step in range(1, steps + 1):
+            log.write(step, train_line(step, 5.0 - 2 * step / steps))
+        log.write(steps, validation_line(3.0))
+        if end is not None:
+            log.event(end, steps, reason="finished" if end == "end" else "SIGTERM")
+    if end is not None:
+        reason = "finished" if end == "end" else "SIGTERM"
+        left = {"reason": reason, "step": steps, "resumable": end != "end", "exit_code": 0}
+        (folder / "EXIT.json").write_text(json.dumps(left))
+    return folder
+
+
+def read_page(folder: Path) -> tuple[Page, str]:
+    content = write_report(folder).read_text(encoding="utf-8")
+    return Page(content), content
+
+
+def test_every_drawn_value_is_that_of_the_metrics_file(tmp_path: Path) -> None:
+    page, _ = read_page(make_run(tmp_path))
+    reports = read_metrics(tmp_path / "metrics.jsonl")
+    for name, curve in page.plotted().items():
+        expected = [(line["step"], line[name]) for line in reports if name in line]
+        assert list(zip(curve["steps"], curve["values"], strict=True)) == expected, name
+        corners = page.lines(name)
+        assert len(corners) == len(expected)
+        # Both coordinates are affine in what they stand for; the vertical one points down.
+        for picked, number in ((0, 0), (1, 1)):
+            places = [corner[picked] for corner in corners]
+            wanted = [float(pair[number]) for pair in expected]
+            spread = max(wanted) - min(wanted)
+            if spread == 0:
+                assert len(set(places)) == 1
+                continue
+            low, high = places[wanted.index(min(wanted))], places[wanted.index(max(wanted))]
+            assert (high > low) == (number == 0)
+            for place, value in zip(places, wanted, strict=True):
+                share = (value - min(wanted)) / spread
+                assert place == pytest.approx(low + share * (high - low), abs=0.11)
+
+
+def test_axes_are_steps_tokens_cpu_and_wall_time(tmp_path: Path) -> None:
+    page, _ = read_page(make_run(tmp_path))
+    ids = [attributes.get("id") for tag, attributes in page.tags if tag == "input"]
+    assert ids == ["pick-steps", "pick-tokens", "pick-cpu", "pick-wall"]
+    # 100 tokens a step: the curve over tokens is the one over steps, where steps begin at 0.
+    over_steps, over_tokens = page.lines("val/nelbo"), page.lines("val/nelbo", "tokens")
+    assert over_steps == over_tokens
+    assert len(page.lines("train/loss", "cpu")) == 20
+
+
+def test_key_numbers_have_their_errors(tmp_path: Path) -> None:
+    page, _ = read_page(make_run(tmp_path))
+    cards = " ".join(page.texts["small"])
+    # NELBO: sqrt(0.03^2 + 0.04^2) = 0.05; bits per byte: half of it, as the value; PPL: e^3 times it.
+    assert "± 0.05; 5.000 before training" in cards
+    assert "± 0.025; 2.500 before training" in cards
+    assert "± 1; 148.4 before training" in cards
+    assert any(text.startswith("20.09") for text in page.texts["b"])
+
+
+def test_baselines_of_the_same_text_stand_beside_the_model(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    other = {"nelbo": 9.0, "tokens": 5000, "manifest": {"checkpoint": "else/other/checkpoint"}}
+    (tmp_path / "evaluation-other.json").write_text(json.dumps(other))
+    page, content = read_page(run)
+    assert "unigram" not in content
+    evaluation = {
+        "nelbo": 3.0,
+        "bpb": 1.5,
+        "tokens": 5000,
+        "manifest": {"checkpoint": "some/run/checkpoint", "text": "corpus", "split": "valid", "step": 20},
+        "baselines": {"unigram_bpb": 2.125, "bigram_bpb": 1.25, "gzip_bpb": 1.75},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    page, content = read_page(run)
+    assert [text for text in page.texts["output"] if text] == ["2.500", "2.125", "1.250", "1.750", "1.500"]
+    assert "else/other" not in content
+    # A text of its own in the run's folder: a row of its own, no baseline of the validation text.
+    (run / "evaluation-ptb.json").write_text(json.dumps({"nelbo": 4.5, "manifest": {"text": "ptb.txt"}}))
+    page, _ = read_page(run)
+    assert {"ptb.txt", "corpus, valid"} <= set(page.texts["td"])
+
+
+def test_text_of_the_model_stays_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    hostile = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)> &lt;b&gt;"
+    hostile += " \x00\x1b[31m\ud800 \u202e"
+    lines = [{"step": 0, "text": "tame"}, {"step": "<i>", "prompt": "<u>", "text": hostile}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "te')
+    with MetricsLog(run / "metrics.jsonl", 2) as log:
+        log.event("start", 20, world_size=1, changed=[["a", "<script>", 2], "odd"])
+        log.event("failed", 20, reason="error", error="<script>alert(3)</script> </title>")
+    (run / "EXIT.json").unlink()
+    page, content = read_page(run)
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "points"}, {}]
+    assert not {"img", "i ", "u"} & {tag for tag, _ in page.tags}
+    (shown,) = (text for text in page.texts["pre"] if "alert(1)" in text)
+    assert shown.startswith("</pre></script><script>alert(1)</script><img src=x onerror=alert(2)> &lt;b&gt;")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", content)
+    assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
+
+
+def test_page_loads_nothing_and_holds_no_credentials(tmp_path: Path) -> None:
+    page, content = read_page(make_run(tmp_path))
+    assert not {"link", "img", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert not any({"src", "href", "xlink:href"} & set(attributes) for _, attributes in page.tags)
+    assert "@import" not in content
+    assert "url(" not in content
+    assert "default-src 'none'" in content
+    assert "secret-word" not in content
+    assert "prefers-color-scheme: dark" in content
+
+
+def live_lock(folder: Path, pid: int) -> None:
+    machine = BOOT_ID.read_text().strip() if BOOT_ID.exists() else None
+    (folder / ".lock").write_text(json.dumps({"host": "h", "machine": machine, "pid": pid, "since": 0}))
+
+
+def test_header_says_in_words_how_the_run_stands(tmp_path: Path) -> None:
+    def state(folder: Path) -> str:
+        page, _ = read_page(folder)
+        at = [attributes.get("class") for tag, attributes in page.tags if tag == "span"].index
+        kinds = ("finished", "stopped", "failed", "running", "killed")
+        classes = [attributes.get("class") for tag, attributes in page.tags if tag == "span"]
+        (found,) = (name for name in classes if name and name.removeprefix("state ") in kinds)
+        return page.texts["span"][at(found)]
+
+    assert state(make_run(tmp_path / "a")) == "Finished at step 20."
+    stopped = state(make_run(tmp_path / "b", end="stop"))
+    assert stopped == "Stopped by SIGTERM at step 20 and saved; the same command continues the run."
+    killed = make_run(tmp_path / "c", end=None)
+    assert state(killed).startswith(
+        "Killed without notice, last heard of at step 20; the same command begins anew"
+    )
+    live_lock(killed, os.getpid())
+    assert state(killed) == "Running, last heard of at step 20."
+    os.utime(killed / ".lock", (time.time() - 300,) * 2)
+    (killed / "checkpoints" / "step-000000010").mkdir(parents=True)
+    assert state(killed).endswith("the same command continues from step-000000010.")
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    live_lock(killed, child.pid)
+    assert state(killed).startswith("Killed")
+    # The disk was full when EXIT.json was due.
+    full = make_run(tmp_path / "d")
+    (full / "EXIT.json").unlink()
+    assert state(full) == "Finished at step 20."
+
+
+def test_attempts_and_faults_are_marked_on_the_curves_and_listed(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=10, end=None)
+    with MetricsLog(run / "metrics.jsonl", 2) as log:
+        log.event("start", 6, world_size=2, checkpoint="step-000000006")
+        log.event("skipped", 7, loss=float("nan"), rows=[28, 31])
+        for step in range(7, 13):
+            log.write(step, train_line(step, 2.0))
+        log.event("checkpoint", 12, folder="step-000000012", bytes=1000)
+    page, _ = read_page(run)
+    figures = sum(tag == "figure" for tag, _ in page.tags)
+    marks = [attributes.get("class") for tag, attributes in page.tags if tag == "g"]
+    assert figures == 6
+    assert marks.count("attempt") == figures * 4
+    assert marks.count("fault") == figures * 4
+    cells = " | ".join(page.texts["td"])
+    assert "attempt 2 began from step-000000006, 2 ranks" in cells
+    assert "step skipped, not finite: loss nan, rows [28, 31]" in cells
+    assert "checkpoint checkpoints/step-000000012, 1kB (deleted since)" in cells
+    assert page.plotted()["train/loss"]["steps"] == list(range(1, 13))
+    assert page.plotted()["train/loss"]["values"][6:] == [2.0] * 6
+    # The second attempt's CPU clock began anew: its seconds come on top of the 20 of the first one.
+    last = read_columns(run / "metrics.jsonl")
+    assert last.cpu_before == {1: 0.0, 2: 20.0}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_columns_are_what_read_metrics_keeps(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    path, step = tmp_path / "metrics.jsonl", 0
+    for attempt in range(1, 6):
+        begin = draw.randint(0, step)
+        with MetricsLog(path, attempt) as log:
+            log.event("start", begin)
+            for step in range(begin + draw.randint(0, 1), begin + draw.randint(1, 12)):
+                shape = draw.random()
+                if shape < 0.6:
+                    log.write(step, train_line(step, draw.choice([draw.random(), math.nan, math.inf])))
+                if shape > 0.4:
+                    log.write(step, {"ckpt/seconds": 1.0, "train/loss": draw.random()})
+                if shape > 0.8:
+                    log.write(step, validation_line(draw.random()))
+                if shape > 0.9:
+                    log.event("skipped", step, note='a "train/loss": 1 inside')
+    with path.open("ab") as file:
+        file.write(
+            b'not a line\n{"step": 1}\n{"step": 999, "attempt": 5, "time": 1, "train/loss": "odd"}\n{"ste'
+        )
+    reports = [line for line in read_metrics(path) if line.get("train/loss") != "odd"]
+    columns = read_columns(path).columns
+    for name in COLUMNS:
+        expected = [(line["step"], repr(float(line[name]))) for line in reports if name in line]
+        found = zip(columns[name].steps, columns[name].values, strict=True)
+        assert [(at, repr(value)) for at, value in found] == expected, name
+
+
+def test_thinned_curve_keeps_extremes_and_ends() -> None:
+    draw = random.Random(3)
+    values = [draw.gauss(0, 1) for _ in range(50_000)]
+    values[12_345], values[40_000], values[7] = 99.0, -99.0, math.nan
+    chosen = thin(values)
+    assert len(chosen) <= 1000
+    assert chosen == sorted(set(chosen))
+    assert {12_345, 40_000, 0, 49_999} <= set(chosen)
+    assert 7 not in chosen
+    # Every hundredth of the curve keeps its least and greatest value, up to values of the next hundredth.
+    for begin in range(0, 50_000, 500):
+        part = [value for value in values[begin : begin + 500] if math.isfinite(value)]
+        kept = [values[i] for i in chosen if begin - 150 <= i < begin + 650]
+        assert max(kept) >= max(part)
+        assert min(kept) <= min(part)
+    assert thin([1.0, math.inf, 2.0]) == [0, 2]
+    assert thin([math.nan]) == []
+
+
+def test_ticks_are_round_and_inside() -> None:
+    for low, high in ((0, 1), (4.1, 6.6), (-3, 5), (0, 1.2e9), (1e-5, 4e-3), (2.0, 2.001)):
+        ticks = make_ticks(low, high)
+        assert 3 <= len(ticks) <= 8
+        assert all(low - 1e-9 * high <= tick <= high * (1 + 1e-9) for tick in ticks)
+        step = ticks[1] - ticks[0]
+        digits = step / 10 ** math.floor(math.log10(step) + 1e-9)
+        assert min(abs(digits - round_one) for round_one in (1, 2, 2.5, 5)) < 1e-6
+
+
+def test_hundred_thousand_lines_stay_small(tmp_path: Path) -> None:
+    # A tenth of them by this machine's clock; the size does not grow with their number.
+    lines, path = 10_000, tmp_path / "metrics.jsonl"
+    start = {"step": 0, "attempt": 1, "time": 1.0, "event": "start"}
+    extra = {f"x{number}": 0.123456789 for number in range(10)}
+    with path.open("w") as file:
+        file.write(json.dumps(start) + "\n")
+        for step in range(1, lines):
+            line = {
+                "step": step,
+                "attempt": 1,
+                "time": 1.0 + step,
+                **train_line(step, math.sin(step)),
+                **extra,
+            }
+            file.write(json.dumps(line) + "\n")
+    began = time.process_time()
+    for line in path.open("rb"):
+        json.loads(line)
+    parsing = time.process_time() - began
+    began = time.process_time()
+    report = write_report(tmp_path)
+    spent = time.process_time() - began
+    assert report.stat().st_size < 2_000_000
+    # No slower than parsing each line once, with what one page costs.
+    assert spent < parsing + 2.0
+    assert all(len(curve["steps"]) <= 1000 for curve in Page(report.read_text()).plotted().values())
+
+
+@pytest.mark.parametrize("cut", [1, 150, 900])
+def test_whatever_is_torn_or_missing_is_left_out(tmp_path: Path, cut: int) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "summary.json").write_text(
+        json.dumps({"after": {"nelbo": 3.0}, "goodput": {"training_seconds": 3.0}})
+    )
+    (run / "samples.jsonl").write_text('{"step": 1, "text": "a"}\n')
+    for path in sorted(run.iterdir()):
+        for change in ("cut", "other", "gone"):
+            copy = tmp_path / f"{path.name}-{change}-{cut}"
+            shutil.copytree(run, copy)
+            target = copy / path.name
+            if change == "cut":
+                os.truncate(target, min(cut, target.stat().st_size))
+            elif change == "other":
+                target.write_text(
+                    '[1, {"step": {}, "event": []}]\n{"step": [], "attempt": 1, "time": "x"}\n"\\ud800"'
+                )
+            else:
+                target.unlink()
+            page, _ = read_page(copy)
+            assert "h1" in page.texts
+
+
+@pytest.mark.parametrize("values", [{}, {"after": 3, "goodput": []}, {"after": {"nelbo": "x", "bpb": None}}])
+def test_values_of_the_wrong_kind_are_left_out(tmp_path: Path, values: dict[str, Any]) -> None:
+    run = make_run(tmp_path)
+    for name in ("summary.json", "run.json", "evaluation.json"):
+        (run / name).write_text(
+            json.dumps({**values, "tokenizer": 7, "nelbo": 1.0, "manifest": "x", "baselines": 4})
+        )
+    for config in (
+        "",
+        "model: 3\ntrain: [x]\nparallel: {tp: many}",
+        "model: {num_layers: -3}",
+        "{[",
+        "run: {name: }",
+    ):
+        (run / "config.yaml").write_text(config)
+        read_page(run)
+
+
+def test_runs_without_steps_or_validation_have_a_page(tmp_path: Path) -> None:
+    only_start = tmp_path / "a"
+    with MetricsLog(only_start / "metrics.jsonl", 1) as log:
+        log.event("start", 0)
+    page, content = read_page(only_start)
+    assert "No step was reported yet" in content
+    with MetricsLog(tmp_path / "b" / "metrics.jsonl", 1) as log:
+        log.event("start", 0)
+        log.write(1, train_line(1, 4.0))
+    page, content = read_page(tmp_path / "b")
+    assert "Nothing was evaluated on held-out text" in content
+    assert page.plotted()["train/loss"] == {"steps": [1], "values": [4.0]}
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "run.json").write_text("{}")
+    read_page(tmp_path / "c")
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no run: it has neither metrics.jsonl nor run.json; give"):
+        write_report(tmp_path)
+    with pytest.raises(ConfigError, match="is no folder"):
+        write_report(tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    write_report(run)
+    before = (run / "report.html").read_bytes()
+    files = sorted(run.iterdir())
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    (run / "samples.jsonl").write_text('{"step": 1, "text": "more"}\n')
+    with pytest.raises(OSError, match="No space left"):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+    assert sorted(path for path in run.iterdir() if path.name != "samples.jsonl") == files
