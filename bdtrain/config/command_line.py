@@ -39,12 +39,10 @@ class CommandLine:
         loaded: the checked configuration with its origins; None after ``--help``, or ``--explain`` without a
             file.
         finished: the request was answered (``--help``, ``--check``, ``--explain``): there is nothing to run.
-        local_rank: what ``--local_rank`` said; LOCAL_RANK in the environment counts instead.
     """
 
     loaded: LoadedConfig | None
     finished: bool
-    local_rank: int | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -109,7 +107,7 @@ def parse_command_line(
     overrides = [*options.overrides, *rest]
     if options.explain is not None and not options.config and not overrides:
         _print(explain(options.explain, None), rank)
-        return CommandLine(None, finished=True, local_rank=options.local_rank)
+        return CommandLine(None, finished=True)
     if not options.config:
         raise ConfigError(
             "no configuration was given; add --config FILE, for example configs/run/quickstart.yaml"
@@ -120,7 +118,7 @@ def parse_command_line(
     if options.check:
         _print(_checked(loaded.config, options, started), rank)
     finished = bool(options.check or options.explain is not None)
-    return CommandLine(loaded, finished=finished, local_rank=options.local_rank)
+    return CommandLine(loaded, finished=finished)
 
 
 def _parser(description: str) -> _Parser:
