@@ -129,7 +129,7 @@ def set_up(wanted: Stamp, recorded: Stamp | None) -> None:
     started = time.monotonic()
     # Asked before an existing .venv is touched.
     outside = installed_outside() if wanted.torch == "installed" else set()
-    announce(wanted)
+    announce(wanted, recorded)
     make_venv(wanted, recorded)
     STAMP.unlink(missing_ok=True)
     LOG.write_text("", encoding="utf-8")
@@ -152,19 +152,34 @@ def set_up(wanted: Stamp, recorded: Stamp | None) -> None:
     print(f"set-up done in {time.monotonic() - started:.0f} s; details in .venv/install.log\n", flush=True)
 
 
-def announce(wanted: Stamp) -> None:
-    """Say what will be fetched, before it is, and refuse when the disk cannot hold it."""
+def announce(wanted: Stamp, recorded: Stamp | None) -> None:
+    """Say what will be fetched, before it is, and refuse when the disk cannot hold it.
+
+    Args:
+        wanted: what shall be there.
+        recorded: what is there, as far as it is known.
+    """
     rows = []
-    if wanted.torch != "installed":
+    stays = recorded is not None and (recorded.python, recorded.torch) == (wanted.python, wanted.torch)
+    there = set(recorded.extras) if recorded is not None and stays else set()
+    if wanted.torch != "installed" and not stays:
         rows.append(
             (f"torch {TORCH}, {'CUDA' if wanted.torch == 'cuda' else 'CPU'} build", SIZES_MB[wanted.torch])
         )
-    rows.append(("DeepSpeed, megatron-core, MLflow client, ...", SIZES_MB["base"]))
-    rows += [(f"extra [{extra}]", SIZES_MB[extra]) for extra in wanted.extras if extra in SIZES_MB]
+    if not stays:
+        rows.append(("DeepSpeed, megatron-core, MLflow client, ...", SIZES_MB["base"]))
+    rows += [
+        (f"extra [{extra}]", SIZES_MB[extra])
+        for extra in wanted.extras
+        if extra in SIZES_MB and extra not in there
+    ]
     print(f"Setting up .venv with Python {wanted.python} ({BASE_PYTHON}), torch: {wanted.torch}")
-    print("To download (about; less with a warm pip cache):")
-    for name, size in [*rows, ("together", sum(size for _, size in rows))]:
+    if rows:
+        print("To download (about; less with a warm pip cache):")
+    for name, size in [*rows, ("together", sum(size for _, size in rows))] if len(rows) > 1 else rows:
         print(f"  {name:<46}{size:>6} MB")
+    if stays:
+        print("The rest is there; what the project's files changed is brought up to date.")
     unknown = [extra for extra in wanted.extras if extra not in SIZES_MB]
     if unknown:
         print(f"  and extra [{','.join(unknown)}], not measured")

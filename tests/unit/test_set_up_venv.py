@@ -115,3 +115,19 @@ def test_ci_runs_the_checks_and_the_test_command(repository: Path) -> None:
     assert text.startswith("#!/usr/bin/env bash\n")
     assert "set -euo pipefail" in text
     assert text.rstrip().endswith("make test")
+
+
+def test_only_what_is_missing_is_announced(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tool.Stamp("d", "3.11", "cpu", ())
+    more = replace(base, digest="e", extras=("dev", "mlflow"))
+    everything = sum(tool.SIZES_MB[name] for name in ("cpu", "base", "dev", "mlflow"))
+    for recorded in (None, replace(more, torch="cuda"), replace(more, python="3.12")):
+        tool.announce(more, recorded)
+        assert f"together {everything:>43} MB".split() == capsys.readouterr().out.splitlines()[-1].split()
+    tool.announce(more, replace(base, extras=("dev",)))
+    said = capsys.readouterr().out
+    assert f"{tool.SIZES_MB['mlflow']} MB" in said
+    assert "torch 2" not in said and "[dev]" not in said and "together" not in said
+    tool.announce(more, more)
+    said = capsys.readouterr().out
+    assert " MB" not in said and "The rest is there" in said
