@@ -39,8 +39,9 @@ from bdtrain.data.text import (
 )
 from bdtrain.data.tokenizer import Tokenizer
 from bdtrain.data.workers import run_in_processes
-from bdtrain.data.writer import TEMPORARY_PREFIX, ShardRecord, index_path, write_atomic
+from bdtrain.data.writer import ShardRecord, index_path
 from bdtrain.errors import DataError, TokenizerError
+from bdtrain.files import TEMPORARY_PREFIX, write_atomic
 
 SPLITS = ("train", "valid")
 _CONFIG_NAME = "config.json"

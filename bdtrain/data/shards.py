@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bdtrain.data.tokenizer import Tokenizer
-from bdtrain.data.writer import INDEX_DTYPE, MEMBER_SUFFIX, ShardRecord, index_path, write_atomic, write_index
+from bdtrain.data.writer import INDEX_DTYPE, MEMBER_SUFFIX, ShardRecord, index_path, write_index
 from bdtrain.errors import DataError, TokenizerError
+from bdtrain.files import write_atomic
 
 FORMAT = "bdtrain-tokens/1"
 INDEX_NAME = "index.json"

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
-from bdtrain.data.writer import write_atomic
 from bdtrain.errors import TokenizerError
+from bdtrain.files import write_atomic
 
 SPACE_SYMBOL = "\u2581"
 """What sentencepiece writes for a space; the same character in text is encoded as bytes instead."""

@@ -20,11 +20,12 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from bdtrain.files import sync_folder, temporary_path, write_atomic
+
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("rows", "<u4"), ("crc32", "<u4")])
 """Per member: byte offset of the array's data in the archive, its rows, and the CRC-32 of the data."""
 
 MEMBER_SUFFIX = ".tokens.npy"
-TEMPORARY_PREFIX = ".tmp."
 
 
 @dataclass(frozen=True)
@@ -52,35 +53,6 @@ class ShardRecord:
     tokens: int
     documents: int
     text_bytes: int
-
-
-def temporary_path(path: Path) -> Path:
-    """Name under which ``path`` is written before it is renamed; the process id keeps two writers apart."""
-    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}.{path.name}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def index_path(archive: Path) -> Path:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from bdtrain.config import RunConfig, dump_resolved
 from bdtrain.config.resume import fixed_changes, fixed_settings
-from bdtrain.data.writer import TEMPORARY_PREFIX, sync_folder, write_atomic
 from bdtrain.errors import CheckpointError, ConfigError
+from bdtrain.files import TEMPORARY_PREFIX, sync_folder, write_atomic
 from bdtrain.tracking.jsonl import last_attempt
 from bdtrain.train.run_lock import LOCK, RunLock
 from bdtrain.train.signals import LAUNCHER_GONE
@@ -126,8 +126,9 @@ def begin_attempt(folder: RunFolder, config: RunConfig, facts: dict[str, Any]) -
         write_json(folder.path / RUN, {**content, "attempts": folder.attempt})
         write_atomic(folder.path / RESOLVED, dump_resolved(config).encode())
         clear_exit(folder.path)
-        for left in folder.path.glob(f"{TEMPORARY_PREFIX}*"):
-            left.unlink()  # of a killed writer; the lock says that no other one lives
+        for name in (RUN, RESOLVED, EXIT):
+            for left in folder.path.glob(f"{TEMPORARY_PREFIX}*.{name}"):
+                left.unlink()  # of a killed attempt; the lock says that no other one lives
         folder.checkpoints.mkdir(exist_ok=True)
         # The entries that hold everything else must survive a power failure too.
         sync_folder(folder.path)

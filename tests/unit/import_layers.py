@@ -18,6 +18,7 @@ _MIDDLE = ("config", "diffusion", "data", "model", "parallel", "tracking", KERNE
 UPWARD: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "errors": (),
+        "files": (),
         "config": (),
         "diffusion": (),
         "data": ("config", "diffusion.keyed"),
@@ -32,10 +33,11 @@ UPWARD: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "testing": (*_MIDDLE, "checkpoint", "validation", "export", "refit", "train"),
     }
 )
-"""Room to the rooms that it may import, ``errors`` and itself aside."""
+"""Room to the rooms that it may import, ``errors``, ``files`` and itself aside."""
 
 NEVER = {
     "errors": ("torch", "numpy", "megatron", "deepspeed", "ray", "mlflow"),
+    "files": ("torch", "numpy", "megatron", "deepspeed", "ray", "mlflow"),
     "config": ("torch", "numpy", "megatron", "deepspeed", "ray", "mlflow"),
     "diffusion": ("torch.distributed", "megatron", "deepspeed", "ray", "mlflow"),
     "data": ("torch.distributed", "megatron", "deepspeed", "ray", "mlflow"),
@@ -161,7 +163,7 @@ def _upward(room: str, name: str, where: str) -> str | None:
     target = name.removeprefix("bdtrain").removeprefix(".")
     if not target or target.startswith("__"):
         return None
-    allowed = {room, "errors", *UPWARD[room]} - {KERNELS}
+    allowed = {room, "errors", "files", *UPWARD[room]} - {KERNELS}
     if any(_inside(target, one) for one in allowed):
         return None
     return f"{where} may not import bdtrain.{target}"

@@ -6,7 +6,6 @@ The page needs no network, no server and no other file. Text that a model wrote 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from bdtrain.config.estimate import count_parameters
 from bdtrain.config.schema import ModelConfig
+from bdtrain.files import write_atomic
 from bdtrain.tracking.console import format_count, format_seconds
 from bdtrain.tracking.report.curves import make_axes
 from bdtrain.tracking.report.history import (
@@ -50,17 +50,7 @@ def write_report(run_folder: Path) -> Path:
         OSError: if the disk refuses; an earlier report stays as it was.
     """
     path = run_folder / REPORT_FILE
-    page = make_page(read_run(run_folder))
-    temporary = run_folder / f".tmp-{REPORT_FILE}.{os.getpid()}"
-    try:
-        with temporary.open("wb") as file:
-            file.write(page.encode("utf-8", errors="replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomic(path, make_page(read_run(run_folder)).encode("utf-8", errors="replace"))
     return path
 
 
