@@ -24,7 +24,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file whole or not at all.
+
+    Raises:
+        OSError: if the disk refuses. The old content stays, unless only the last sync, of the folder, failed:
+            then the new one is there, and a loss of power may still bring back the old one.
+    """
     temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:

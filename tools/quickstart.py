@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bdtrain.errors import BdtrainError
 from bdtrain.tracking.report import write_report
 
@@ -26,31 +28,18 @@ OWN_SETTINGS = ("run.folder", "data.path", "validation.at_start", "checkpoint.sa
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
-def main() -> int:
-    """Run every step.
-
-    Returns:
-        The exit code of the first step that failed, or 0.
-    """
+def parse() -> argparse.Namespace:
+    """The command line, with ``folder`` and ``source`` as whole paths; ``source`` is None for a pattern."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", help="your text: .txt, .jsonl or .jsonl.gz files or a folder of them")
-    parser.add_argument(
-        "--folder", default="runs/quickstart", help="where everything goes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=2048, help="size of the tokenizer (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--config", default="configs/run/quickstart.yaml", help="the run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--ranks", type=int, default=1, help="processes that train together (default: %(default)s)"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", help="key=value settings for the run, for example train.steps=50"
-    )
+    add = parser.add_argument
+    add("--input", help="your text: .txt, .jsonl or .jsonl.gz files or a folder of them")
+    add("--folder", default="runs/quickstart", help="where everything goes (default: %(default)s)")
+    add("--vocab-size", type=int, default=2048, help="size of the tokenizer (default: %(default)s)")
+    add("--config", default="configs/run/quickstart.yaml", help="the run (default: %(default)s)")
+    add("--ranks", type=int, default=1, help="processes that train together (default: %(default)s)")
+    add("overrides", nargs="*", help="key=value settings for the run, for example train.steps=50")
     options = parser.parse_args()
     for word in options.overrides:
         if word.split("=")[0] in OWN_SETTINGS:
@@ -61,7 +50,18 @@ def main() -> int:
         parser.error(f"--input {options.input}: there is no such file or folder")
     if source is not None and source.is_relative_to(folder):
         parser.error(f"--input {options.input} lies in --folder {options.folder}; choose another --folder")
+    options.folder, options.source = folder, source
+    return options
 
+
+def main() -> int:
+    """Run every step.
+
+    Returns:
+        The exit code of the first step that failed, or 0.
+    """
+    options = parse()
+    folder, source = options.folder, options.source
     started = time.monotonic()
     make_way(folder)
     folder.mkdir(parents=True)
@@ -97,7 +97,7 @@ def main() -> int:
         print(f"\nquickstart stopped: the step above ended with code {error.returncode}", file=sys.stderr)
         return error.returncode if error.returncode > 0 else 1
     show(folder, write_summary(folder, time.monotonic() - started))
-    show_next(folder, f"--config {config} {settings}", ranks=options.ranks, text=options.input)
+    show_next(folder, f"--config {config} {settings}", options)
     return 0
 
 
@@ -212,14 +212,13 @@ def show(folder: Path, summary: dict[str, Any]) -> None:
     )
 
 
-def show_next(folder: Path, run: str, *, ranks: int, text: str | None) -> None:
-    """Where to look, and what to do next: every line is a command or an address that works as it stands.
+def show_next(folder: Path, run: str, options: argparse.Namespace) -> None:
+    """Where to look, and what to do next: commands for the repository's root, FILE and INPUT aside.
 
     Args:
         folder: of the quickstart.
         run: the arguments of the training; its number of steps is replaced.
-        ranks: that trained.
-        text: what ``--input`` named.
+        options: what the quickstart was asked for.
     """
     python = shlex.quote(shown(Path(sys.executable)))
     place, weights = shlex.quote(shown(folder / "run")), shlex.quote(shown(folder / "run" / "checkpoint"))
@@ -229,26 +228,53 @@ def show_next(folder: Path, run: str, *, ranks: int, text: str | None) -> None:
     except (BdtrainError, OSError) as error:
         print(f"the report was not written: {error}", file=sys.stderr)
     steps = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))["steps"]
-    run = shlex.join(word for word in shlex.split(run) if not word.startswith("train.steps="))
-    start = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH deepspeed --num_gpus {ranks}"
-    own = f" --input {shlex.quote(text)}" if text else ""
-    other = shlex.quote(shown(folder.with_name(f"{folder.name}-block4")))
+    batch = yaml.safe_load((folder / "run" / "config.yaml").read_text(encoding="utf-8"))["train"]
+    ranks = 2 * options.ranks
     rows = [
         ("look", report.as_uri() if report.is_file() else ""),
         ("curves", f"make dashboard RUN={place}"),
         ("sample", f"{python} launchers/sample_text.py --checkpoint {weights} --prompt 'def main('"),
         ("evaluate", f"{python} launchers/evaluate_checkpoint.py --checkpoint {weights} --text FILE"),
-        ("own text", "make quickstart INPUT=path/to/your/texts"),
-        ("more ranks", f"make quickstart RANKS={2 * ranks}"),
-        ("block size", f"{python} tools/quickstart.py --folder {other}{own} diffusion.block_size=4"),
+        ("train on", train_on(run, 2 * steps, options.ranks)),
+        ("own text", "" if options.input else "make quickstart INPUT=path/to/your/texts"),
+        ("more ranks", again(options, f"ranks{ranks}", ranks=ranks)),
+        ("block size", again(options, "block4", override="diffusion.block_size=4")),
     ]
-    if any((folder / "run" / "checkpoints").glob("step-*")):
-        program = f"{python} launchers/pretrain.py" if ranks == 1 else f"{start} launchers/pretrain.py"
-        rows.insert(4, ("train on", f"{program} {run} train.steps={2 * steps}"))
+    left_out = set() if any((folder / "run" / "checkpoints").glob("step-*")) else {"train on"}
+    if batch["global_batch_size"] % ranks:
+        left_out.add("more ranks")
     print("\nNext:")
     for name, command in rows:
-        if command:
+        if command and name not in left_out:
             print(f"  {name:<12}{command}")
+
+
+def train_on(run: str, steps: int, ranks: int) -> str:
+    """The command that continues the training up to more steps."""
+    words = [word for word in shlex.split(run) if not word.startswith("train.steps=")]
+    python = Path(sys.executable)
+    start = f"PATH={shlex.quote(str(python.parent))}:$PATH deepspeed --num_gpus {ranks}"
+    program = start if ranks > 1 else shlex.quote(shown(python))
+    return f"{program} launchers/pretrain.py {shlex.join(words)} train.steps={steps}"
+
+
+def again(
+    options: argparse.Namespace, name: str, *, ranks: int | None = None, override: str | None = None
+) -> str:
+    """The command of the same quickstart with one thing changed, into a folder of its own."""
+    words = [shown(Path(sys.executable)), "tools/quickstart.py"]
+    words += ["--folder", shown(options.folder.with_name(f"{options.folder.name}-{name}"))]
+    if options.input:
+        words += ["--input", shown(options.source) if options.source else options.input]
+    if options.vocab_size != 2048:
+        words += ["--vocab-size", str(options.vocab_size)]
+    if options.config != "configs/run/quickstart.yaml":
+        words += ["--config", options.config]
+    if (ranks or options.ranks) > 1:
+        words += ["--ranks", str(ranks or options.ranks)]
+    key = override.split("=")[0] if override else None
+    words += [word for word in options.overrides if word.split("=")[0] != key]
+    return shlex.join([*words, *([override] if override else [])])
 
 
 def shown(path: Path) -> str:

@@ -160,7 +160,11 @@ def announce(wanted: Stamp, recorded: Stamp | None) -> None:
         recorded: what is there, as far as it is known.
     """
     rows = []
-    stays = recorded is not None and (recorded.python, recorded.torch) == (wanted.python, wanted.torch)
+    stays = (
+        recorded is not None
+        and works()
+        and (recorded.digest, recorded.python, recorded.torch) == (wanted.digest, wanted.python, wanted.torch)
+    )
     there = set(recorded.extras) if recorded is not None and stays else set()
     if wanted.torch != "installed" and not stays:
         rows.append(
@@ -179,7 +183,7 @@ def announce(wanted: Stamp, recorded: Stamp | None) -> None:
     for name, size in [*rows, ("together", sum(size for _, size in rows))] if len(rows) > 1 else rows:
         print(f"  {name:<46}{size:>6} MB")
     if stays:
-        print("The rest is there; what the project's files changed is brought up to date.")
+        print("The rest is there.")
     unknown = [extra for extra in wanted.extras if extra not in SIZES_MB]
     if unknown:
         print(f"  and extra [{','.join(unknown)}], not measured")

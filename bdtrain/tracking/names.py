@@ -1,6 +1,6 @@
 """Every metric and every event: its name, unit and meaning. A writer refuses a name that is not here.
 
-Also the name of a run. The part before the slash is the section under which MLflow's page shows the metric:
+The part before the slash is the section under which MLflow's page shows the metric:
 
 * ``train/``: what was learned. Every one is a function of the run alone, the same bits after a restart.
 * ``val/``: likelihood of held-out text.

@@ -26,6 +26,7 @@ from bdtrain.config.resume import fixed_changes, fixed_settings
 from bdtrain.errors import CheckpointError, ConfigError
 from bdtrain.files import TEMPORARY_PREFIX, sync_folder, write_atomic
 from bdtrain.tracking.jsonl import last_attempt
+from bdtrain.tracking.report.page import REPORT_FILE
 from bdtrain.train.run_lock import LOCK, RunLock
 from bdtrain.train.signals import LAUNCHER_GONE
 
@@ -38,6 +39,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 WEIGHTS = "checkpoint"
 EXIT = "EXIT.json"
+SUMMARY = "summary.json"
 REASONS = ("finished", "SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", LAUNCHER_GONE, "nonfinite", "error")
 """How an attempt ends, unless it is killed."""
 
@@ -126,9 +128,9 @@ def begin_attempt(folder: RunFolder, config: RunConfig, facts: dict[str, Any]) -
         write_json(folder.path / RUN, {**content, "attempts": folder.attempt})
         write_atomic(folder.path / RESOLVED, dump_resolved(config).encode())
         clear_exit(folder.path)
-        for name in (RUN, RESOLVED, EXIT):
+        for name in (RUN, RESOLVED, EXIT, SUMMARY, REPORT_FILE):
             for left in folder.path.glob(f"{TEMPORARY_PREFIX}*.{name}"):
-                left.unlink()  # of a killed attempt; the lock says that no other one lives
+                left.unlink(missing_ok=True)  # of a killed attempt; the lock says that no other one lives
         folder.checkpoints.mkdir(exist_ok=True)
         # The entries that hold everything else must survive a power failure too.
         sync_folder(folder.path)

@@ -30,6 +30,7 @@ from bdtrain.train.faults import Faults
 from bdtrain.train.folder import (
     EXIT,
     METRICS,
+    SUMMARY,
     RunFolder,
     begin_attempt,
     claim_run_folder,
@@ -46,8 +47,6 @@ from bdtrain.train.signals import StopRequest
 
 SHORT_DRAIN_S = 2.0
 """Time to ship the last metrics when the launcher is waiting with a kill."""
-
-SUMMARY = "summary.json"
 
 
 def train_from_config(

@@ -59,7 +59,8 @@ class Likelihood:
         sequences: rows measured.
         text_units: independent parts of the text.
         text_unit: "document"; "part" of a document where rows between them were left out; "row" when there
-            are fewer than ten of either.
+            are fewer than ten of either. Parts and rows of one document are taken as independent, which
+            makes the text error too small where documents are long.
         replicates: draws of the noise per row.
         exact: whether ``nelbo`` is the negative log-likelihood itself.
         seconds: wall time.
@@ -92,12 +93,13 @@ class Likelihood:
         def error(value: float | None, digits: int) -> str:
             return "unknown" if value is None else f"{value:.{digits}f}"
 
+        least = "" if self.text_unit == "document" else "at least "
         bytes_part = (
             "" if self.bpb is None else f"  bits/byte {sign} {self.bpb:.4f} +- {error(self.bpb_error, 4)}"
         )
         return (
             f"{'NLL' if self.exact else 'NELBO'} {self.nelbo:.4f} nats/token "
-            f"(+- {self.nelbo_noise_error:.4f} noise, +- {error(self.nelbo_text_error, 4)} text)  "
+            f"(+- {self.nelbo_noise_error:.4f} noise, +- {least}{error(self.nelbo_text_error, 4)} text)  "
             f"PPL {sign} {self.ppl:.2f} +- {error(self.ppl_error, 2)}{bytes_part}  "
             f"[{self.tokens} tokens, {self.text_units} {self.text_unit}s]"
         )
@@ -270,12 +272,13 @@ class _Sums:
         numbers = batch.documents.long()
         for row, tokens, place in zip(numbers, batch.tokens, batch.sample_index.tolist(), strict=True):
             real = row >= 0
+            if place >= 0:  # else it only fills up a batch
+                if self._next_row is not None and place != self._next_row:
+                    self._gaps = True
+                    self._next_document += 1
+                self._next_row = place + 1
             if not real.any():
                 continue
-            if self._next_row is not None and place != self._next_row:
-                self._gaps = True
-                self._next_document += 1
-            self._next_row = place + 1
             row[real] += self._next_document
             # The row's last document goes on in the next row, unless EOS or padding ended it.
             ended = not bool(real[-1]) or int(tokens[-1]) == self._eos_id

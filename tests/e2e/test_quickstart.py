@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -107,6 +108,15 @@ def test_last_lines_say_where_to_look_and_what_to_do_next(quickstart):
     for line in lines[2:]:
         scripts = [word for word in line.split() if word.endswith(".py")]
         assert all((ROOT / script).is_file() for script in scripts), line
+    # The trainings stand for themselves: what is said to change has changed, and nothing else.
+    (more,) = [shlex.split(line.removeprefix("  train on")) for line in lines if line[2:10] == "train on"]
+    run(*more[1:], "--check")
+    assert "train.steps=12" in more and "train.steps=6" not in more
+    (other,) = [shlex.split(line)[2:] for line in lines if line[2:12] == "block size"]
+    assert other[-1] == "diffusion.block_size=4"
+    assert set(SMALL) - set(other) == {"diffusion.block_size=8"}
+    assert other[other.index("--input") + 1] == str(folder.parent / "text")
+    assert other[other.index("--vocab-size") + 1] == "400"
 
 
 def test_saved_weights_evaluate_to_what_training_reported(quickstart):

@@ -117,13 +117,19 @@ def test_ci_runs_the_checks_and_the_test_command(repository: Path) -> None:
     assert text.rstrip().endswith("make test")
 
 
-def test_only_what_is_missing_is_announced(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_is_missing_is_announced(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tool.Stamp("d", "3.11", "cpu", ())
-    more = replace(base, digest="e", extras=("dev", "mlflow"))
+    more = replace(base, extras=("dev", "mlflow"))
     everything = sum(tool.SIZES_MB[name] for name in ("cpu", "base", "dev", "mlflow"))
-    for recorded in (None, replace(more, torch="cuda"), replace(more, python="3.12")):
+    changed = [replace(more, **change) for change in ({"torch": "cuda"}, {"python": "3.12"}, {"digest": "e"})]
+    # Without its interpreter a recorded .venv is made anew.
+    for recorded, exists in ((None, True), *((stamp, True) for stamp in changed), (more, False)):
+        monkeypatch.setattr(tool, "works", lambda exists=exists: exists)
         tool.announce(more, recorded)
         assert f"together {everything:>43} MB".split() == capsys.readouterr().out.splitlines()[-1].split()
+    monkeypatch.setattr(tool, "works", lambda: True)
     tool.announce(more, replace(base, extras=("dev",)))
     said = capsys.readouterr().out
     assert f"{tool.SIZES_MB['mlflow']} MB" in said

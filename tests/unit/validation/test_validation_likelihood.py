@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bdtrain.data.loader import Batch
+from bdtrain.data.loader import FILLER_INDEX, Batch
 from bdtrain.diffusion.objectives.build import make_objective
 from bdtrain.diffusion.plan import evaluation_plan
 from bdtrain.errors import DataError
@@ -135,6 +135,18 @@ def test_a_row_that_was_left_out_parts_the_text(groups):
     numbers = _Sums(1, EOS)._number_documents(batch)
     # Neighbours stay one part of the document; what follows the gap is another.
     assert numbers[0].unique().tolist() == numbers[1].unique().tolist() != numbers[2].unique().tolist()
+    # A row of padding, as shards end with, is no gap; neither is what fills up a batch.
+    padded = Batch(
+        *(x[[0, 1, 2]].clone() for x in (row.tokens, row.documents, row.counted)), *([batch.sample_index] * 2)
+    )
+    padded.sample_index[:] = torch.tensor([0, 1, 2])
+    padded.documents[1] = -1
+    sums = _Sums(1, EOS)
+    sums._number_documents(padded)
+    assert not sums._gaps
+    padded.sample_index[:] = torch.tensor([3, FILLER_INDEX, 4])
+    sums._number_documents(padded)
+    assert not sums._gaps
     model = build_model(tiny_model_config(), pg_collection=groups, mask_id=MASK)
     (rows,) = stream_batches([[7] * (40 * SEQ - 1)], batch_size=40)
     spread = torch.arange(0, 40, 3)
