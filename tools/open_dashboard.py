@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import socket
 import sqlite3
@@ -94,7 +95,7 @@ def find_run(folder: Path) -> Path:
         )
     if len(runs) > 1:
         newest = sorted(runs, key=lambda run: (run / METRICS_FILE).stat().st_mtime, reverse=True)
-        lines = "".join(f"\n  make dashboard RUN={run}" for run in newest[:20])
+        lines = "".join(f"\n  make dashboard RUN={shlex.quote(str(run))}" for run in newest[:20])
         more = f"\n  and {len(runs) - 20} more" if len(runs) > 20 else ""
         raise ConfigError(f"{folder} holds {len(runs)} runs; choose one, the newest is first:{lines}{more}")
     return find_run(runs[0])
@@ -107,6 +108,7 @@ def _below(folder: Path, name: str) -> list[Path]:
 
 
 def _no_database(folder: Path) -> str:
+    sync = f"python tools/mlflow_sync.py {shlex.quote(str(folder))}"
     try:
         tracking = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))["tracking"]
         uri = tracking.get("mlflow_uri")
@@ -115,11 +117,10 @@ def _no_database(folder: Path) -> str:
     if uri:
         return (
             f"the metrics of {folder} go to {redact(str(uri))}: open that page, or make a database here with "
-            f"python tools/mlflow_sync.py {folder} --uri {default_uri(folder)}"
+            f"{sync} --uri {shlex.quote(default_uri(folder))}"
         )
     return (
-        f"{folder} has no {DATABASE}: tracking.mlflow was false, or nothing was shipped yet; "
-        f"python tools/mlflow_sync.py {folder} makes it"
+        f"{folder} has no {DATABASE}: tracking.mlflow was false, or nothing was shipped yet; {sync} makes it"
     )
 
 
@@ -184,6 +185,10 @@ def find_page(folder: Path) -> str:
                 f"{query} AND run_uuid IN ({tagged}) ORDER BY start_time DESC", (uid,)
             ).fetchone()
     except sqlite3.Error as error:
+        if "no such table" in str(error):
+            raise ConfigError(
+                f"{folder / DATABASE} has no tables yet: nothing was shipped; try again in a minute"
+            ) from error
         raise ConfigError(f"{folder / DATABASE} is no database of MLflow ({error})") from error
     # Without the last part MLflow 3 may open the pages of an LLM application, which have no curves.
     where = f"experiments/{row[0]}/runs/{row[1]}/model-metrics" if row else "experiments"
@@ -213,16 +218,17 @@ def serve(folder: Path, port: int, *, show: bool) -> int:
     }
     with tempfile.TemporaryFile() as log:
         print(f"starting MLflow {version('mlflow')} on {folder / DATABASE} ...", flush=True)
-        # A session of its own: the terminal's Ctrl-C reaches this process alone, which ends the server's.
-        process = subprocess.Popen(
-            server_command(folder, port),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
+        process = None
         try:
+            # A session of its own: the terminal's Ctrl-C reaches this process alone, which ends the server's.
+            process = subprocess.Popen(
+                server_command(folder, port),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
             wait_until_ready(process, port, log)
             print(f"\n  curves   {page}\n  report   {refresh_report(folder)}\n\nCtrl-C ends it.", flush=True)
             if show:
@@ -230,7 +236,8 @@ def serve(folder: Path, port: int, *, show: bool) -> int:
             code = process.wait()
             raise ConfigError(f"the server ended with code {code}:\n{_end_of(log)}")
         finally:
-            stop(process)
+            if process is not None:
+                stop(process)
 
 
 def wait_until_ready(process: subprocess.Popen[Any], port: int, log: IO[bytes]) -> None:
@@ -264,8 +271,9 @@ def refresh_report(folder: Path) -> str:
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """End the server and every process it started; a second Ctrl-C does not leave any of them behind."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End the server and every process it started; a second signal does not leave any of them behind."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

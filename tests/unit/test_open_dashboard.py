@@ -90,6 +90,70 @@ def test_what_cannot_be_shown_is_refused_with_a_way_out(tool: ModuleType, tmp_pa
         tool.find_page(run)
 
 
+def test_database_without_tables_is_not_filled_yet(tool: ModuleType, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", database=False)
+    sqlite3.connect(run / "mlflow.db").close()
+    with pytest.raises(ConfigError, match="nothing was shipped; try again in a minute"):
+        tool.find_page(run)
+
+
+def test_printed_commands_can_be_pasted(tool: ModuleType, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "my runs" / name, database=False) for name in ("a", "b")]
+    with pytest.raises(ConfigError) as caught:
+        tool.find_run(tmp_path)
+    assert f"make dashboard RUN='{runs[0]}'" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        tool.find_run(runs[0])
+    assert f"python tools/mlflow_sync.py '{runs[0]}' makes it" in str(caught.value)
+    (runs[0] / "config.yaml").write_text("tracking: {mlflow_uri: 'http://far:5000'}")
+    with pytest.raises(ConfigError) as caught:
+        tool.find_run(runs[0])
+    assert f"mlflow_sync.py '{runs[0]}' --uri 'sqlite:///" in str(caught.value)
+
+
+def test_second_signal_while_it_ends_leaves_no_server(repository: Path, tmp_path: Path) -> None:
+    # The server does not heed SIGTERM: it ends only if the wait for it is not cut short.
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)\n"
+    stubborn += "import time; time.sleep(60)"
+    driver = f"""
+import importlib.util, signal, subprocess, sys
+spec = importlib.util.spec_from_file_location("tool", {str(repository / "tools" / "open_dashboard.py")!r})
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+tool.STOP_GRACE_S = 1.0
+tool.require_server = lambda: None
+tool.version = lambda name: "3"
+tool.server_command = lambda folder, port: [sys.executable, "-c", {stubborn!r}]
+def ready(process, port, log):
+    while b"up" not in open(f"/proc/self/fd/{{log.fileno()}}", "rb").read():
+        pass
+    print("pid", process.pid, flush=True)
+tool.wait_until_ready = ready
+real = tool.stop
+def stop(process):
+    print("stopping", flush=True)
+    real(process)
+tool.stop = stop
+sys.exit(tool.main([{str(make_run(tmp_path / "run"))!r}, "--port", "0"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True) as dashboard:
+        assert dashboard.stdout is not None
+        server = 0
+        for line in dashboard.stdout:
+            if line.startswith("pid"):
+                server = int(line.split()[1])
+            elif "Ctrl-C ends it" in line:
+                dashboard.send_signal(signal.SIGTERM)
+            elif line.startswith("stopping"):
+                time.sleep(0.3)
+                dashboard.send_signal(signal.SIGTERM)
+                dashboard.send_signal(signal.SIGHUP)
+        assert dashboard.wait(30) == 0
+    assert server
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
+
+
 def test_server_listens_on_this_machine_only_and_reads_the_runs_database(
     tool: ModuleType, tmp_path: Path
 ) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bdtrain.tracking.report.read import Column, Metrics, interpolate
+from bdtrain.tracking.report.style import escape
 
 MAX_POINTS = 1000
 MAX_MARKS = 100
@@ -61,6 +61,7 @@ class Curve:
         errors: half the length of a bar by step, thick ones first; empty where nothing is known.
         levels: horizontal lines to compare with, by name.
         dots: whether each value gets a dot.
+        limit: draw at most so many values.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Curve:
     errors: Sequence[dict[int, float]] = ()
     levels: dict[str, float] = field(default_factory=dict)
     dots: bool = False
+    limit: int = MAX_POINTS
 
 
 def make_axes(metrics: Metrics) -> list[Axis]:
@@ -82,7 +84,9 @@ def make_axes(metrics: Metrics) -> list[Axis]:
         axes.append(Axis("tokens", "tokens", "tokens", lambda step, _: interpolate(steps, values, step) or 0))
     cpu = metrics.columns["perf/cpu_seconds"]
     if cpu.steps:
-        whole = [
+        # As above: step 0 has no line that counts.
+        knots = [0.0, *cpu.steps]
+        whole = [0.0] + [
             value + metrics.cpu_before.get(attempt, 0.0)
             for value, attempt in zip(cpu.values, cpu.attempts, strict=True)
         ]
@@ -91,7 +95,7 @@ def make_axes(metrics: Metrics) -> list[Axis]:
                 "cpu",
                 "CPU time",
                 "CPU seconds of rank 0, all attempts",
-                lambda step, _: interpolate(cpu.steps, whole, step) or 0,
+                lambda step, _: interpolate(knots, whole, step) or 0,
             )
         )
     if metrics.first_time is not None:
@@ -136,7 +140,7 @@ def draw_curve(
     Returns:
         HTML; an empty text where there is nothing finite to draw.
     """
-    chosen = thin(curve.column.values)
+    chosen = thin(curve.column.values, curve.limit)
     if not chosen:
         return ""
     points = [(curve.column.steps[i], curve.column.times[i], curve.column.values[i]) for i in chosen]
@@ -148,10 +152,10 @@ def draw_curve(
     lost = len(curve.column.values) - sum(map(math.isfinite, curve.column.values))
     notes = [f"{name} {format_value(level)}" for name, level in curve.levels.items()]
     notes += [f"{lost} values that are not finite are left out"] if lost else []
-    note = f'<p class="note">{html.escape("; ".join(notes))}</p>' if notes else ""
+    note = f'<p class="note">{escape("; ".join(notes))}</p>' if notes else ""
     return (
-        f'<figure data-metric="{html.escape(curve.name)}"><figcaption>{html.escape(curve.title)} '
-        f"<span>{html.escape(curve.unit)}</span><output></output></figcaption>{''.join(pictures)}{note}"
+        f'<figure data-metric="{escape(curve.name)}"><figcaption>{escape(curve.title)} '
+        f"<span>{escape(curve.unit)}</span><output></output></figcaption>{''.join(pictures)}{note}"
         "</figure>"
     )
 
@@ -240,7 +244,7 @@ def _draw_on_axis(
     parts.append('<circle class="cursor" r="4"/>')
     return (
         f'<svg class="on-{axis.name}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{html.escape(label)}">{"".join(parts)}</svg>'
+        f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
     )
 
 
@@ -261,7 +265,7 @@ def _grid(
         label = format_tick(column, columns)
         parts.append(f'<text class="x" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}">{label}</text>')
         parts.append(f'<path class="tick" d="M{x:.1f} {HEIGHT - BOTTOM}v4"/>')
-    parts.append(f'<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}">{html.escape(unit)}</text>')
+    parts.append(f'<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}">{escape(unit)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     return "".join(parts)
 
@@ -271,12 +275,12 @@ def _level(name: str, y: float, number: int) -> str:
     x = WIDTH - RIGHT - 62 * number
     return (
         f'<path class="level" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-        f'<text class="level" x="{x}" y="{y - 3:.1f}">{html.escape(name)}</text>'
+        f'<text class="level" x="{x}" y="{y - 3:.1f}">{escape(name)}</text>'
     )
 
 
 def _mark(mark: Mark, x: float) -> str:
-    title = f"<title>{html.escape(mark.text)}</title>"
+    title = f"<title>{escape(mark.text)}</title>"
     if mark.kind == "attempt":
         return f'<g class="attempt">{title}<path d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/></g>'
     y = HEIGHT - BOTTOM
@@ -287,14 +291,17 @@ def format_value(value: float) -> str:
     """A number with four digits: 0.004, 2.083, 1,228."""
     if not math.isfinite(value):
         return str(value)
-    if abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
-    return f"{value:#.4g}" if abs(value) >= 1 else f"{value:.4g}"
+    # The form is that of what is shown: 999.97 is 1,000.
+    size = abs(float(f"{value:.4g}"))
+    if size >= 1000:
+        return f"{value:,.0f}" if size < 1e7 else f"{value:.3g}"
+    return f"{value:#.4g}" if size >= 1 else f"{value:.4g}"
 
 
 def format_error(error: float) -> str:
-    """A standard error with two digits."""
-    return f"{error:.2g}" if error < 100 else format_value(error)
+    """A standard error with two digits; whole from 100 on."""
+    size = float(f"{error:.2g}")
+    return f"{error:,.0f}" if 100 <= size < 1e7 else f"{error:.2g}"
 
 
 def format_tick(value: float, ticks: Sequence[float]) -> str:

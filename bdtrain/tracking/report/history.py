@@ -11,13 +11,15 @@ from bdtrain.tracking.console import format_count, format_seconds
 from bdtrain.tracking.goodput import ACTIVITIES
 from bdtrain.tracking.names import METRICS
 from bdtrain.tracking.report.curves import Curve, Mark, draw_curve, make_axes, thin
-from bdtrain.tracking.report.read import CHECKPOINTS, Run, number
+from bdtrain.tracking.report.read import CHECKPOINTS, Run, number, utc
 from bdtrain.tracking.report.results import is_exact, read_baselines
 from bdtrain.tracking.report.style import escape
 from bdtrain.tracking.spool import METRICS_FILE
 
 MAX_EVENT_ROWS = 200
 MAX_SAMPLE_CHARACTERS = 20_000
+MAX_OTHER_CURVES, MAX_OTHER_POINTS = 40, 200
+ERROR_BARS = frozenset({"val/nelbo_noise_error", "val/nelbo_text_error"})
 FAULTS = ("skipped", "failed", "checkpoint_failed", "rejected_checkpoint")
 
 
@@ -48,9 +50,20 @@ def list_curves(run: Run) -> list[Curve]:
     return [curve for curve in found if any(map(math.isfinite, curve.column.values))]
 
 
+def list_other_curves(run: Run) -> list[Curve]:
+    """Every other metric of the metrics file by name, in fewer points; what nobody listed here as well."""
+    drawn = ERROR_BARS | {curve.name for curve in list_curves(run)}
+    found = []
+    for name, column in sorted(run.metrics.columns.items()):
+        if name not in drawn and any(map(math.isfinite, column.values)):
+            unit = METRICS[name].unit.replace("1", "") if name in METRICS else ""
+            found.append(Curve(name, name, unit, column, limit=MAX_OTHER_POINTS))
+    return found[:MAX_OTHER_CURVES]
+
+
 def plotted(curve: Curve) -> dict[str, list[Any]]:
     """The drawn values of a curve, one for each corner of its line."""
-    chosen = thin(curve.column.values)
+    chosen = thin(curve.column.values, curve.limit)
     return {
         "steps": [curve.column.steps[position] for position in chosen],
         "values": [curve.column.values[position] for position in chosen],
@@ -60,10 +73,14 @@ def plotted(curve: Curve) -> dict[str, list[Any]]:
 def show_curves(run: Run) -> str:
     """Every curve, with the switch between the horizontal axes."""
     axes, marks = make_axes(run.metrics), list_marks(run)
-    curves = list_curves(run)
-    until = max(((curve.column.steps[-1], curve.column.times[-1]) for curve in curves), default=(0, 0.0))
+    curves, others = list_curves(run), list_other_curves(run)
+    until = max(
+        ((curve.column.steps[-1], curve.column.times[-1]) for curve in (*curves, *others)), default=(0, 0.0)
+    )
     figures = "".join(draw_curve(curve, axes, marks, until) for curve in curves)
-    if not figures:
+    # Without marks, which would be most of the page.
+    folded = "".join(draw_curve(curve, axes, (), until) for curve in others)
+    if not figures and not folded:
         return '<section><h2>Curves</h2><p class="soft">No step was reported yet.</p></section>'
     picks = "".join(
         f'<input class="pick" type="radio" name="axis" id="pick-{axis.name}"{" checked" * (axis is axes[0])}>'
@@ -80,9 +97,12 @@ def show_curves(run: Run) -> str:
         notes.append("Dotted lines: another attempt goes on from there.")
     if any(mark.kind == "fault" for mark in marks):
         notes.append("Triangles: faults.")
+    more = ""
+    if folded:
+        more = f'<details><summary>other metrics</summary><div class="curves">{folded}</div></details>'
     return (
         f'<section><h2>Curves</h2>{picks}<div class="axes">{labels}</div><div class="curves">{figures}</div>'
-        f'<p class="note">{" ".join(notes)}</p></section>'
+        f'<p class="note">{" ".join(notes)}</p>{more}</section>'
     )
 
 
@@ -177,7 +197,7 @@ def show_events(run: Run) -> str:
     rows = "".join(
         f'<tr class="{"fault" if event["event"] in FAULTS else ""}">'
         f'<td class="n">{event["step"]:,}</td><td class="n">{event["attempt"]}</td>'
-        f"<td>{time.strftime('%m-%d %H:%M:%S', _utc(event['time']))}</td>"
+        f"<td>{time.strftime('%m-%d %H:%M:%S', utc(event['time']))}</td>"
         f"<td>{escape(_tell(event, run))}</td></tr>"
         for event in shown
     )
@@ -188,13 +208,6 @@ def show_events(run: Run) -> str:
     if len(shown) > 30:
         table = f"<details><summary>{len(events):,} events</summary>{table}</details>"
     return f'<section><h2>Events <span class="soft">{", ".join(counts)}</span></h2>{table}</section>'
-
-
-def _utc(seconds: float) -> time.struct_time:
-    try:
-        return time.gmtime(seconds)
-    except (OverflowError, ValueError, OSError):
-        return time.gmtime(0)
 
 
 def _tell(event: Mapping[str, Any], run: Run | None = None) -> str:

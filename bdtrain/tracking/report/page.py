@@ -18,15 +18,16 @@ from bdtrain.tracking.console import format_count, format_seconds
 from bdtrain.tracking.report.curves import make_axes
 from bdtrain.tracking.report.history import (
     list_curves,
+    list_other_curves,
     plotted,
     show_curves,
     show_events,
     show_goodput,
     show_samples,
 )
-from bdtrain.tracking.report.read import CHECKPOINTS, WEIGHTS, Run, number, read_run, section
+from bdtrain.tracking.report.read import CHECKPOINTS, WEIGHTS, Run, number, read_run, section, utc
 from bdtrain.tracking.report.results import compare_with_baselines, show_evaluations, show_key_numbers
-from bdtrain.tracking.report.style import POLICY, SCRIPT, STYLE, axis_rules, escape
+from bdtrain.tracking.report.style import POLICY, SCRIPT, STYLE, axis_rules, clean, escape
 from bdtrain.tracking.spool import METRICS_FILE
 
 REPORT_FILE = "report.html"
@@ -74,7 +75,8 @@ def make_page(run: Run) -> str:
         _config(run),
     ]
     axes = [axis.name for axis in make_axes(run.metrics)]
-    points = json.dumps({curve.name: plotted(curve) for curve in list_curves(run)}).replace("<", "\\u003c")
+    curves = [*list_curves(run), *list_other_curves(run)]
+    points = json.dumps({clean(curve.name): plotted(curve) for curve in curves}).replace("<", "\\u003c")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -134,7 +136,7 @@ def _describe(run: Run) -> Iterable[tuple[str, str]]:
     yield "layout", _layout(run)
     starts = run.metrics.starts()
     if starts:
-        began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(starts[0]["time"]))
+        began = time.strftime("%Y-%m-%d %H:%M UTC", utc(starts[0]["time"]))
         took = (run.metrics.last_time or starts[0]["time"]) - starts[0]["time"]
         attempts = len(starts)
         yield (

@@ -1,11 +1,12 @@
 """What a report is made from: the files of a run's folder; what is missing or torn is left out.
 
-The metrics file may hold a hundred thousand lines. A report draws few of their fields, so a report line is
-matched instead of being parsed; ``read_columns`` keeps the rules of ``read_metrics`` all the same.
+The metrics file may hold a hundred thousand lines of the same shape, so a report line is matched instead of
+being parsed; ``read_columns`` keeps the rules of ``read_metrics`` all the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -45,9 +46,7 @@ COLUMNS = (
     "val/bpb",
     "val/tokens",
 )
-"""Metrics that a report reads."""
-
-_WANTED = frozenset({"step", "attempt", "time", *COLUMNS})
+"""Metrics that a report has a place for; any other one is read as well."""
 
 
 @dataclass
@@ -98,7 +97,7 @@ class Metrics:
     """The metrics file.
 
     Attributes:
-        columns: by metric, all of ``COLUMNS``.
+        columns: by metric; all of ``COLUMNS``, and what else the file holds.
         events: of all attempts, in order.
         reports: lines that are no events, replaced ones included.
         first_time: of the first line, seconds since 1970; None in an empty file.
@@ -201,7 +200,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_columns(path: Path) -> Metrics:
-    """The drawn fields of a metrics file, by the rules of ``read_metrics``.
+    """The numbers of a metrics file, by the rules of ``read_metrics``.
 
     Args:
         path: the file; one that is not there has no lines, and a torn last line is left out.
@@ -233,7 +232,7 @@ def read_columns(path: Path) -> Metrics:
 class _Rows:
     """Report lines of one shape in a row, their numbers still text.
 
-    Nearly all lines of a file have the same keys in the same order: one pattern takes the wanted numbers out.
+    Nearly all lines of a file have the same keys in the same order: one pattern takes the numbers out.
     """
 
     def __init__(self) -> None:
@@ -257,7 +256,7 @@ class _Rows:
         if keys not in self._patterns:
             self._patterns[keys] = _make_pattern(keys)
         self._pattern, self._rows = self._patterns[keys], []
-        self._names = tuple(key for key in keys if key in _WANTED)
+        self._names = keys
         self._filled.append((self._names, self._rows))
         self.take(line)
 
@@ -270,29 +269,34 @@ class _Rows:
 
 
 def _make_pattern(keys: Sequence[str]) -> re.Pattern[bytes]:
-    """What a line with these keys looks like; the wanted values are its groups, without their quotes."""
-    parts = []
-    for key in keys:
-        value = '"?([^,"}]+)"?' if key in _WANTED else '"?[^,"}]*"?'
-        parts.append(re.escape(json.dumps(key, ensure_ascii=False)) + ": " + value)
+    """What a line with these keys looks like; the values are its groups, without their quotes."""
+    parts = [re.escape(json.dumps(key, ensure_ascii=False)) + ': "?([^,"}]*)"?' for key in keys]
     return re.compile((r"\{" + ", ".join(parts) + r"\}\n").encode())
 
 
 def _add_rows(metrics: Metrics, names: tuple[str, ...], rows: list[tuple[bytes, ...]]) -> None:
     texts = dict(zip(names, zip(*rows, strict=True), strict=True))
+    numbers = {}
     try:
-        # float() reads nan, inf and -inf as they stand in the file.
-        numbers = {name: list(map(float, column)) for name, column in texts.items()}
+        for name, column in texts.items():
+            try:
+                # float() reads nan, inf and -inf as they stand in the file.
+                numbers[name] = list(map(float, column))
+            except ValueError:
+                if name in COLUMNS or name in ("step", "attempt", "time") or len(rows) > 1:
+                    raise
         steps = list(map(int, numbers.pop("step")))
         attempts = list(map(int, numbers.pop("attempt")))
+        times = numbers.pop("time")
+        if not all(map(math.isfinite, times)):
+            raise ValueError("a time is not finite")
     except (ValueError, OverflowError):
         if len(rows) > 1:  # one line of another writer: the others count
             for row in rows:
                 _add_rows(metrics, names, [row])
         return
-    times = numbers.pop("time")
     for name, values in numbers.items():
-        metrics.columns[name].extend(steps, values, times, attempts)
+        metrics.columns.setdefault(name, Column()).extend(steps, values, times, attempts)
     if "perf/cpu_seconds" in numbers:
         metrics.cpu_seconds = numbers["perf/cpu_seconds"][-1]
     metrics.reports += len(rows)
@@ -305,6 +309,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = dict(json.loads(line))
         record["step"], record["attempt"] = int(record["step"]), int(record["attempt"])
         record["time"] = float(record["time"])
+        if not math.isfinite(record["time"]):
+            return None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return record
@@ -328,6 +334,14 @@ def interpolate(knots: Sequence[float], values: Sequence[float], at: float) -> f
     low, high = knots[right - 1], knots[right]
     share = (at - low) / (high - low)
     return values[right - 1] + share * (values[right] - values[right - 1])
+
+
+def utc(seconds: float) -> time.struct_time:
+    """A time of the metrics file; 1970 where it is none."""
+    try:
+        return time.gmtime(seconds)
+    except (OverflowError, ValueError, OSError):
+        return time.gmtime(0)
 
 
 def number(values: Mapping[str, Any] | None, name: str) -> float | None:
@@ -410,9 +424,8 @@ def _is_alive(lock: Path) -> bool:
         owner = json.loads(lock.read_text(encoding="utf-8"))
         here = BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.exists() else None
         if isinstance(owner, dict) and owner.get("machine") == here:
-            os.kill(int(owner["pid"]), 0)
-    except ProcessLookupError:
-        return False
+            with contextlib.suppress(PermissionError):  # another user's process lives, too
+                os.kill(int(owner["pid"]), 0)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return age_s < HEARTBEAT_STALE_S
@@ -420,17 +433,29 @@ def _is_alive(lock: Path) -> bool:
 
 def _read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
     """``evaluation*.json`` in the folder; beside it those whose weights are this run's."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     folder = folder.resolve()
     for place in (folder, folder.parent):
         for name in _names(place, "evaluation*.json"):
             content = read_json(place / name)
-            weights = Path(str(section(content, "manifest").get("checkpoint", "")))
-            # RUN/checkpoint or RUN/checkpoints/step-N. The run may have been moved since: its name must do.
-            ours = place == folder or folder.name in weights.parts[-3:-1]
+            ours = place == folder or _is_of_run(section(content, "manifest").get("checkpoint"), folder)
             if number(content, "nelbo") is not None and ours:
-                found[name] = content
+                found.setdefault(name, content)
     return found
+
+
+def _is_of_run(checkpoint: object, folder: Path) -> bool:
+    """Whether weights are a run's: RUN/checkpoint or RUN/checkpoints/step-N."""
+    if not checkpoint:
+        return False
+    weights = Path(str(checkpoint))
+    try:
+        if weights.exists():
+            return weights.resolve().is_relative_to(folder)
+    except (OSError, ValueError):
+        pass
+    # The run was moved, or the path was relative: the names of its folder and of the one above must do.
+    return folder.parts[-2:] in (weights.parts[-3:-1], weights.parts[-4:-2])
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:

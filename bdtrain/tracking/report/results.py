@@ -35,7 +35,7 @@ def _likelihoods(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
                 values["bpb_error"] = values["bpb"] * error / nelbo
         return values
 
-    first = at(steps[0]) if len(steps) > 1 or steps[0] == 0 else {}
+    first = at(steps[0]) if steps[0] == 0 else {}
     last = at(steps[-1]) if steps[-1] != 0 else {}
     if not after:
         return first, last

@@ -129,7 +129,7 @@ def axis_rules(names: list[str]) -> str:
     """
     rules = []
     for name in names:
-        rules.append(f"#pick-{name}:checked ~ .curves .on-{name} {{ display: block; }}")
+        rules.append(f"#pick-{name}:checked ~ * .on-{name} {{ display: block; }}")
         rules.append(
             f'#pick-{name}:checked ~ .axes label[for="pick-{name}"] '
             "{ border-color: var(--curve); color: var(--curve); }"
@@ -144,6 +144,11 @@ def axis_rules(names: list[str]) -> str:
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+def clean(value: object) -> str:
+    """Anything as text: no control characters, no credentials of an address."""
+    return _NOT_TEXT.sub("\ufffd", redact(str(value), os.environ))
+
+
 def escape(value: object) -> str:
-    """Anything as text of the page: no tags, no control characters, no credentials of an address."""
-    return html.escape(_NOT_TEXT.sub("\ufffd", redact(str(value), os.environ)))
+    """Anything as text of the page: what ``clean`` leaves, without tags."""
+    return html.escape(clean(value))

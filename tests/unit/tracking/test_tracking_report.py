@@ -20,8 +20,8 @@ import pytest
 from bdtrain.errors import ConfigError
 from bdtrain.tracking.jsonl import MetricsLog, read_metrics
 from bdtrain.tracking.report import write_report
-from bdtrain.tracking.report.curves import make_ticks, thin
-from bdtrain.tracking.report.read import BOOT_ID, COLUMNS, read_columns
+from bdtrain.tracking.report.curves import format_error, format_value, make_ticks, thin
+from bdtrain.tracking.report.read import BOOT_ID, COLUMNS, read_columns, read_run
 
 VOID = {"meta", "input", "br"}
 CONFIG = """\
@@ -177,11 +177,12 @@ def test_baselines_of_the_same_text_stand_beside_the_model(tmp_path: Path) -> No
     (tmp_path / "evaluation-other.json").write_text(json.dumps(other))
     page, content = read_page(run)
     assert "unigram" not in content
+    weights = f"elsewhere/{tmp_path.name}/run/checkpoints/step-000000020"  # the run was moved since
     evaluation = {
         "nelbo": 3.0,
         "bpb": 1.5,
         "tokens": 5000,
-        "manifest": {"checkpoint": "some/run/checkpoint", "text": "corpus", "split": "valid", "step": 20},
+        "manifest": {"checkpoint": weights, "text": "corpus", "split": "valid", "step": 20},
         "baselines": {"unigram_bpb": 2.125, "bigram_bpb": 1.25, "gzip_bpb": 1.75},
     }
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
@@ -194,23 +195,133 @@ def test_baselines_of_the_same_text_stand_beside_the_model(tmp_path: Path) -> No
     assert {"ptb.txt", "corpus, valid"} <= set(page.texts["td"])
 
 
+def test_evaluations_of_another_run_are_not_this_ones(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one" / "run")
+    twin = tmp_path / "two" / "run" / "checkpoint"
+    mine = run / "checkpoint"
+    for weights in (twin, mine):
+        weights.mkdir(parents=True)
+
+    def evaluate(path: Path, weights: object, text: str) -> None:
+        manifest = {"checkpoint": str(weights), "text": text}
+        path.write_text(json.dumps({"nelbo": 3.0, "manifest": manifest}))
+
+    evaluate(run.parent / "evaluation-twin.json", twin, "twin")
+    # It is there under another name, so the likeness of the names does not count.
+    same = tmp_path / "copy" / "one" / "run" / "checkpoint"
+    same.mkdir(parents=True)
+    evaluate(run.parent / "evaluation-copy.json", same, "copy")
+    evaluate(run.parent / "evaluation-gone.json", "/gone/two/run/checkpoint", "gone")
+    evaluate(run.parent / "evaluation-none.json", "", "none")
+    evaluate(run.parent / "evaluation-mine.json", mine, "mine")
+    evaluate(run.parent / "evaluation-moved.json", "/gone/one/run/checkpoint", "moved")
+    evaluate(run / "evaluation.json", mine, "inside")
+    evaluate(run.parent / "evaluation.json", mine, "beside")
+    page, _ = read_page(run)
+    texts = {"twin", "copy", "gone", "none", "mine", "moved", "inside", "beside"}
+    assert texts & set(page.texts["td"]) == {"mine", "moved", "inside"}
+
+
+def test_only_a_validation_at_step_zero_is_before_training(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl", 1) as log:
+        log.event("start", 0)
+        for step in (10, 20):
+            log.write(step, validation_line(5.0 - step / 10))
+    _, content = read_page(tmp_path)
+    assert "Held-out text at step 20" in content
+    assert "before training" not in content
+
+
+def test_cpu_time_begins_at_zero(tmp_path: Path) -> None:
+    # Step 10 of 20 is the first one with a CPU time, of 100 s: step 0 lies at 0 s, not at 100 s.
+    with MetricsLog(tmp_path / "metrics.jsonl", 1) as log:
+        log.event("start", 0)
+        log.write(0, validation_line(5.0))
+        for step in (10, 20):
+            log.write(step, {"perf/cpu_seconds": 10.0 * step})
+            log.write(step, validation_line(4.0))
+    page, _ = read_page(tmp_path)
+    assert page.lines("val/nelbo", "cpu") == page.lines("val/nelbo", "steps")
+
+
+def test_metric_that_the_page_does_not_list_is_drawn_folded(tmp_path: Path) -> None:
+    start = {"step": 0, "attempt": 1, "time": 1.0, "event": "start"}
+    lines = [start]
+    for step in range(1, 1001):
+        own = {"mine/new": math.sin(step), "perf/mfu": 0.5, "mine/word": "fast", "mine/http://me:sekret@h": 1}
+        lines.append({"step": step, "attempt": 1, "time": 1.0 + step, "train/loss": 2.0, **own})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page, content = read_page(tmp_path)
+    figures = [attributes["data-metric"] for tag, attributes in page.tags if tag == "figure"]
+    assert figures == ["train/loss", "mine/http://***@h", "mine/new", "perf/mfu"]
+    assert set(page.plotted()) == set(figures)
+    assert "sekret" not in content
+    own = page.plotted()["mine/new"]
+    assert 150 < len(own["steps"]) <= 200
+    assert all(value == math.sin(step) for step, value in zip(own["steps"], own["values"], strict=True))
+    assert content.index("<summary>other metrics") > content.index('data-metric="train/loss"')
+    assert content.index("<summary>other metrics") < content.index('data-metric="mine/new"')
+    # The line with a word still counts, and the loss has its every value.
+    assert page.plotted()["train/loss"]["steps"] == list(range(1, 1001))
+
+
+@pytest.mark.parametrize("when", ["1e300", "NaN", "-1e400"])
+def test_impossible_times_do_not_keep_the_page_away(tmp_path: Path, when: str) -> None:
+    lines = f'{{"step": 0, "attempt": 1, "time": {when}, "event": "start"}}\n'
+    lines += "".join(
+        f'{{"step": {step}, "attempt": 1, "time": {time}, "train/loss": 2.0}}\n'
+        for step, time in ((1, "5.0"), (2, when))
+    )
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    page, _ = read_page(tmp_path)
+    assert page.plotted()["train/loss"]["values"][0] == 2.0
+
+
+def test_live_process_of_another_user_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, end=None)
+    live_lock(run, os.getpid())
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert read_run(run).state == "running"
+
+
+def test_numbers_take_the_form_of_what_is_shown() -> None:
+    values = {
+        999.97: "1,000",
+        999.4: "999.4",
+        0.99996: "1.000",
+        0.5: "0.5",
+        -999.97: "-1,000",
+        1228.4: "1,228",
+    }
+    assert {value: format_value(value) for value in values} == values
+    errors = {99.7: "100", 99.4: "99", 0.0512: "0.051", 9.96: "10", 123.4: "123", 1234.5: "1,234"}
+    assert {error: format_error(error) for error in errors} == errors
+
+
 def test_text_of_the_model_stays_text(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     hostile = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)> &lt;b&gt;"
     hostile += " \x00\x1b[31m\ud800 \u202e"
-    lines = [{"step": 0, "text": "tame"}, {"step": "<i>", "prompt": "<u>", "text": hostile}]
+    secret = "http://me:sekret@host"
+    lines = [{"step": 0, "text": "tame"}, {"step": "<b1>", "prompt": "<u>", "text": hostile}]
     (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "te')
     with MetricsLog(run / "metrics.jsonl", 2) as log:
         log.event("start", 20, world_size=1, changed=[["a", "<script>", 2], "odd"])
-        log.event("failed", 20, reason="error", error="<script>alert(3)</script> </title>")
+        log.event("failed", 20, reason="error", error=f"<script>alert(3)</script> </title> {secret} \x1b[2J")
     (run / "EXIT.json").unlink()
     page, content = read_page(run)
     scripts = [attributes for tag, attributes in page.tags if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "points"}, {}]
-    assert not {"img", "i ", "u"} & {tag for tag, _ in page.tags}
+    assert not {"img", "b1", "u"} & {tag for tag, _ in page.tags}
     (shown,) = (text for text in page.texts["pre"] if "alert(1)" in text)
     assert shown.startswith("</pre></script><script>alert(1)</script><img src=x onerror=alert(2)> &lt;b&gt;")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", content)
+    assert "sekret" not in content
+    assert sum("http://***@host" in text for text in page.texts["title"]) > 4
     assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
 
 
@@ -272,9 +383,10 @@ def test_attempts_and_faults_are_marked_on_the_curves_and_listed(tmp_path: Path)
     page, _ = read_page(run)
     figures = sum(tag == "figure" for tag, _ in page.tags)
     marks = [attributes.get("class") for tag, attributes in page.tags if tag == "g"]
-    assert figures == 6
-    assert marks.count("attempt") == figures * 4
-    assert marks.count("fault") == figures * 4
+    # Six of its own; folded and without marks: tokens, CPU time, skipped steps, PPL, validation tokens.
+    assert figures == 6 + 5
+    assert marks.count("attempt") == 6 * 4
+    assert marks.count("fault") == 6 * 4
     cells = " | ".join(page.texts["td"])
     assert "attempt 2 began from step-000000006, 2 ranks" in cells
     assert "step skipped, not finite: loss nan, rows [28, 31]" in cells
