@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, help="folder of a saved model")
     parser.add_argument("--data", type=Path, help="corpus folder; the one it was trained on if left out")
-    parser.add_argument("--text", type=Path, help="a UTF-8 text file instead of a corpus; one document")
+    parser.add_argument("--text", type=Path, help="one UTF-8 text file instead of a corpus, as one document")
     parser.add_argument("--split", default="valid", choices=["valid", "train"], help="part of the corpus")
     parser.add_argument("--sequences", type=positive_int, help="rows to use; all if left out")
     parser.add_argument("--replicates", type=int, default=2, help="draws of the noise per row (default: 2)")

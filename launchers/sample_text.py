@@ -28,7 +28,11 @@ def main(arguments: list[str]) -> int:
         "--samples", type=positive_int, default=1, help="continuations of each prompt (default: 1)"
     )
     parser.add_argument(
-        "--method", default="ancestral", choices=["ancestral", "first_hitting", "confidence", "static"]
+        "--method",
+        default="ancestral",
+        choices=["ancestral", "first_hitting", "confidence", "static"],
+        help="ancestral: --steps steps a block, as the noise has it (default); first_hitting: one token a "
+        "call, exact in continuous time; confidence: all tokens above --threshold; static: equal shares",
     )
     parser.add_argument(
         "--steps", type=positive_int, help="denoising steps per block; one per token if left out"
@@ -68,8 +72,8 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(text.to_dict(), ensure_ascii=False))
         else:
             print(
-                f"--- {len(text.tokens)} tokens, {text.network_calls} network calls, "
-                f"stopped by {text.stopped_by}"
+                f"--- {len(text.tokens)} tokens, {text.network_calls} network calls (one of them for each "
+                f"finished block), stopped by {text.stopped_by}"
             )
             print(text.prompt + text.text)
     return 0

@@ -7,24 +7,32 @@ run this has. The steps are the ones a real run takes, by the same commands; eac
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bdtrain.data.preprocess import document_hash
+from bdtrain.data.text import TextOptions, describe_inputs, find_inputs, plan_tasks, read_documents
 from bdtrain.errors import BdtrainError
 from bdtrain.tracking.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".quickstart"
-OWN_SETTINGS = ("run.folder", "data.path", "validation.at_start", "checkpoint.save_final")
+VALID_FRACTION = 0.04
+OWN_SETTINGS = ("run.name", "run.folder", "data.path", "validation.at_start", "checkpoint.save_final")
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
@@ -35,21 +43,24 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--input", help="your text: .txt, .jsonl or .jsonl.gz files or a folder of them")
-    add("--folder", default="runs/quickstart", help="where everything goes (default: %(default)s)")
+    add(
+        "--folder", help="where everything goes (default: runs/quickstart, with --input runs/quickstart-NAME)"
+    )
     add("--vocab-size", type=int, default=2048, help="size of the tokenizer (default: %(default)s)")
     add("--config", default="configs/run/quickstart.yaml", help="the run (default: %(default)s)")
     add("--ranks", type=int, default=1, help="processes that train together (default: %(default)s)")
-    add("overrides", nargs="*", help="key=value settings for the run, for example train.steps=50")
+    add("overrides", nargs="*", help="key=value settings for the run, for example train.steps=1000")
     options = parser.parse_args()
     for word in options.overrides:
         if word.split("=")[0] in OWN_SETTINGS:
             parser.error(f"{word}: the quickstart sets {', '.join(OWN_SETTINGS)} itself")
-    folder = Path(options.folder).resolve()
+    default = f"runs/quickstart-{plain(Path(options.input).stem)}" if options.input else "runs/quickstart"
+    folder = Path(options.folder or default).resolve()
     source = Path(options.input).resolve() if options.input and "*" not in options.input else None
     if source is not None and not source.exists():
         parser.error(f"--input {options.input}: there is no such file or folder")
     if source is not None and source.is_relative_to(folder):
-        parser.error(f"--input {options.input} lies in --folder {options.folder}; choose another --folder")
+        parser.error(f"--input {options.input} lies in --folder {shown(folder)}; choose another --folder")
     options.folder, options.source = folder, source
     return options
 
@@ -61,44 +72,110 @@ def main() -> int:
         The exit code of the first step that failed, or 0.
     """
     options = parse()
-    folder, source = options.folder, options.source
+    folder = options.folder
     started = time.monotonic()
-    make_way(folder)
-    folder.mkdir(parents=True)
-    (folder / MARKER).touch()
-    text = shlex.quote(
-        shown(source) if source else options.input or shown(collect_standard_library(folder / "text"))
-    )
-    place = shlex.quote(shown(folder))
     name = shown(folder)
-    config = shlex.quote(options.config)
-    settings = shlex.join([f"run.folder={name}/run", f"data.path={name}/corpus", *options.overrides])
+    words = ["--config", options.config, f"run.name={plain(folder.name)}", f"run.folder={name}/run"]
+    settings = shlex.join([*words, f"data.path={name}/corpus", *options.overrides])
     try:
-        run_step(
-            "1/4 tokenizer",
-            f"python tools/train_tokenizer.py --input {text} --vocab-size {options.vocab_size} "
-            f"--out {place}/tokenizer",
-        )
-        run_step(
-            "2/4 shards",
-            f"python tools/preprocess.py --input {text} --tokenizer {place}/tokenizer/tokenizer.model "
-            f"--out {place}/corpus --valid-fraction 0.04",
-        )
-        run_step(
-            "3/4 training",
-            f"deepspeed --num_gpus {options.ranks} launchers/pretrain.py --config {config} {settings}",
-        )
-        run_step(
-            "4/4 evaluation of the saved weights, beside the baselines",
-            f"python launchers/evaluate_checkpoint.py --checkpoint {place}/run/checkpoint "
-            f"--data {place}/corpus --baselines --json {place}/evaluation.json",
-        )
+        # A wrong setting is told now, not after the tokenizer and the shards.
+        check = f"python launchers/pretrain.py {settings} --check --nodes 1 --gpus {options.ranks}"
+        run_command(check, stdout=subprocess.DEVNULL)
+        make_way(folder)
+        folder.mkdir(parents=True)
+        with held(folder):
+            run_steps(folder, options, settings)
+            show(folder, write_summary(folder, time.monotonic() - started))
+            show_next(folder, settings, options)
+    except BdtrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except subprocess.CalledProcessError as error:
         print(f"\nquickstart stopped: the step above ended with code {error.returncode}", file=sys.stderr)
         return error.returncode if error.returncode > 0 else 1
-    show(folder, write_summary(folder, time.monotonic() - started))
-    show_next(folder, f"--config {config} {settings}", options)
+    except (InterruptedStepError, KeyboardInterrupt):
+        print("\nquickstart stopped.", file=sys.stderr)
+        if any((folder / "run" / "checkpoints").glob("step-*")):
+            print(f"The training goes on with:\n  {train_on(settings, options.ranks)}", file=sys.stderr)
+        return 130
     return 0
+
+
+class InterruptedStepError(Exception):
+    """Somebody asked a step to stop, and it did."""
+
+
+def run_steps(folder: Path, options: argparse.Namespace, settings: str) -> None:
+    """Tokenizer, shards, training, evaluation.
+
+    Raises:
+        CalledProcessError: by the step that failed.
+        InterruptedStepError: if the training was stopped.
+    """
+    print("The commands are for a shell in this folder after: source .venv/bin/activate")
+    source = options.source
+    text = shown(source) if source else options.input or shown(collect_standard_library(folder / "text"))
+    train, held_out = choose_held_out(text, folder / "text")
+    place = shlex.quote(shown(folder))
+    run_step(
+        "1/4 tokenizer",
+        f"python tools/train_tokenizer.py --input {train} --vocab-size {options.vocab_size} "
+        f"--out {place}/tokenizer",
+    )
+    run_step(
+        "2/4 shards",
+        f"python tools/preprocess.py --input {train} --tokenizer {place}/tokenizer/tokenizer.model "
+        f"--out {place}/corpus {held_out}",
+    )
+    run_step(
+        "3/4 training",
+        f"deepspeed --log_level error --num_gpus {options.ranks} launchers/pretrain.py {settings}",
+    )
+    ended = json.loads((folder / "run" / "EXIT.json").read_text(encoding="utf-8"))
+    if ended["reason"] != "finished":
+        raise InterruptedStepError
+    run_step(
+        "4/4 evaluation of the saved weights, beside the baselines",
+        f"python launchers/evaluate_checkpoint.py --checkpoint {place}/run/checkpoint "
+        f"--data {place}/corpus --baselines --json {place}/evaluation.json",
+    )
+
+
+def choose_held_out(text: str, folder: Path) -> tuple[str, str]:
+    """What to train on and what to hold out, as words for the shell.
+
+    A share of the documents; where that would be none of them, the one with the lowest hash; of a single
+    document, its last tenth.
+
+    Args:
+        text: file, folder or pattern.
+        folder: for the parts of a single document.
+    """
+    options = TextOptions()
+    described = describe_inputs(find_inputs([text], options))
+    documents = []
+    for piece in (piece for task in plan_tasks(described) for piece in task):
+        documents += [found.text for found in read_documents(piece, options) if found.text]
+    if len(documents) == 1:
+        folder.mkdir(parents=True, exist_ok=True)
+        cut = len(documents[0]) * 9 // 10
+        for name, part in (("train.txt", documents[0][:cut]), ("valid.txt", documents[0][cut:])):
+            (folder / name).write_text(part, encoding="utf-8")
+        place = shlex.quote(shown(folder))
+        return f"{place}/train.txt", f"--valid-input {place}/valid.txt"
+    lowest = sorted(document_hash(document.encode()) for document in documents)[:2]
+    fraction = VALID_FRACTION
+    if len(lowest) == 2 and lowest[0] >= VALID_FRACTION:
+        fraction = (lowest[0] + lowest[1]) / 2
+    return shlex.quote(text), f"--valid-fraction {fraction:.9g}"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the folder while something works in it; the kernel lets go when the process ends."""
+    with (folder / MARKER).open("w", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def make_way(folder: Path) -> None:
@@ -107,6 +184,14 @@ def make_way(folder: Path) -> None:
         return
     if not (folder / MARKER).exists():
         raise SystemExit(f"error: {folder} exists and is no quickstart's; choose another --folder")
+    with (folder / MARKER).open("r", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(
+                f"error: another quickstart is at work in {shown(folder)}; wait for it, or choose another "
+                "--folder"
+            ) from None
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
@@ -144,14 +229,33 @@ def collect_standard_library(folder: Path) -> Path:
 
 
 def run_step(title: str, command: str) -> None:
-    """Print and run one command from the repository's root."""
+    """Print and run one command from the repository's root.
+
+    Raises:
+        CalledProcessError: if it failed.
+        InterruptedStepError: on Ctrl-C, which the command has got too, and has answered.
+    """
     print(f"\n== {title}\n$ {command}", flush=True)
+    run_command(command)
+
+
+def run_command(command: str, **settings: Any) -> None:
+    """Run a command with the programs of this Python."""
     program, *words = shlex.split(command)
     # DeepSpeed's launcher starts `python` by its name: the folder of the Python that runs this comes first.
     folder = Path(sys.executable).parent
     environment = dict(os.environ, OMP_WAIT_POLICY="passive")
     environment["PATH"] = f"{folder}{os.pathsep}{environment.get('PATH', '')}"
-    subprocess.run([str(folder / program), *words], cwd=ROOT, env=environment, check=True)
+    if shutil.which("nvidia-smi") is None:
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing else
+    process = subprocess.Popen([str(folder / program), *words], cwd=ROOT, env=environment, **settings)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise InterruptedStepError from None
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def write_summary(folder: Path, wall_seconds: float) -> dict[str, Any]:
@@ -201,6 +305,8 @@ def show(folder: Path, summary: dict[str, Any]) -> None:
         f"PPL <= {summary['ppl_before']:.0f} -> {summary['ppl_after']:.1f}, "
         f"{summary['tokens_per_second']:.0f} tokens/s"
     )
+    if summary["bpb_after"] > summary["bigram_bpb"]:
+        print("(a table of bigrams of the same tokens takes more steps to pass: train on, below)")
     samples = folder / "run" / "samples.jsonl"
     if samples.exists():  # there is none with validation.sample_tokens=0
         last = samples.read_text(encoding="utf-8").splitlines()[-1]
@@ -217,7 +323,7 @@ def show_next(folder: Path, run: str, options: argparse.Namespace) -> None:
 
     Args:
         folder: of the quickstart.
-        run: the arguments of the training; its number of steps is replaced.
+        run: the arguments of the training.
         options: what the quickstart was asked for.
     """
     python = shlex.quote(shown(Path(sys.executable)))
@@ -227,15 +333,14 @@ def show_next(folder: Path, run: str, options: argparse.Namespace) -> None:
         write_report(folder / "run")  # anew, with the baselines
     except (BdtrainError, OSError) as error:
         print(f"the report was not written: {error}", file=sys.stderr)
-    steps = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))["steps"]
     batch = yaml.safe_load((folder / "run" / "config.yaml").read_text(encoding="utf-8"))["train"]
     ranks = 2 * options.ranks
     rows = [
         ("look", report.as_uri() if report.is_file() else ""),
-        ("curves", f"make dashboard RUN={place}"),
+        ("curves", f"make dashboard RUN={place}    (the first time it installs MLflow's server, 150 MB)"),
         ("sample", f"{python} launchers/sample_text.py --checkpoint {weights} --prompt 'def main('"),
         ("evaluate", f"{python} launchers/evaluate_checkpoint.py --checkpoint {weights} --text FILE"),
-        ("train on", train_on(run, 2 * steps, options.ranks)),
+        ("train on", train_on(run, options.ranks, steps=2 * batch["steps"])),
         ("own text", "" if options.input else "make quickstart INPUT=path/to/your/texts"),
         ("more ranks", again(options, f"ranks{ranks}", ranks=ranks)),
         ("block size", again(options, "block4", override="diffusion.block_size=4")),
@@ -249,13 +354,15 @@ def show_next(folder: Path, run: str, options: argparse.Namespace) -> None:
             print(f"  {name:<12}{command}")
 
 
-def train_on(run: str, steps: int, ranks: int) -> str:
-    """The command that continues the training up to more steps."""
-    words = [word for word in shlex.split(run) if not word.startswith("train.steps=")]
+def train_on(run: str, ranks: int, *, steps: int | None = None) -> str:
+    """The command that continues the training, up to more steps where they are given."""
+    words = shlex.split(run)
+    if steps is not None:
+        words = [word for word in words if not word.startswith("train.steps=")] + [f"train.steps={steps}"]
     python = Path(sys.executable)
     start = f"PATH={shlex.quote(str(python.parent))}:$PATH deepspeed --num_gpus {ranks}"
     program = start if ranks > 1 else shlex.quote(shown(python))
-    return f"{program} launchers/pretrain.py {shlex.join(words)} train.steps={steps}"
+    return f"{program} launchers/pretrain.py {shlex.join(words)}"
 
 
 def again(
@@ -275,6 +382,11 @@ def again(
     key = override.split("=")[0] if override else None
     words += [word for word in options.overrides if word.split("=")[0] != key]
     return shlex.join([*words, *([override] if override else [])])
+
+
+def plain(name: str) -> str:
+    """A name that a run may have."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "text"
 
 
 def shown(path: Path) -> str:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from bdtrain.checkpoint.files import DISK, FileActions, copy_file, write_file
 from bdtrain.checkpoint.folders import CONFIG, TOKENIZER
 from bdtrain.checkpoint.load import EMA, TrainingState
-from bdtrain.checkpoint.manifest import TRAINING_FORMAT, commit_folder, verify_folder
+from bdtrain.checkpoint.manifest import MANIFEST, TRAINING_FORMAT, commit_folder, verify_folder
 from bdtrain.checkpoint.tensors import TensorSource, write_tensors
 from bdtrain.config import RunConfig, load_config
 from bdtrain.errors import CheckpointError
@@ -101,6 +101,11 @@ def open_model(folder: Path) -> SavedModel:
         CheckpointError: if it is missing, incomplete or damaged.
         ConfigError: if its configuration is not one this version knows.
     """
+    if not (folder / MANIFEST).is_file():
+        found = sorted(folder.glob(f"*/{MANIFEST}")) + sorted(folder.glob(f"*/*/{MANIFEST}"))
+        if found:
+            names = " or ".join(str(path.parent) for path in found[:4])
+            raise CheckpointError(f"{folder} is no checkpoint, but holds some; give {names}")
     manifest = verify_folder(folder)
     training = TrainingState.open(folder) if manifest.format == TRAINING_FORMAT else None
     config = load_config([folder / CONFIG], []).config

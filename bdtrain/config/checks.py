@@ -307,7 +307,9 @@ def _optim(config: RunConfig) -> Iterator[Problem]:
         )
         yield Problem(
             ("optim.warmup_steps", "optim.decay_steps", "optim.schedule", "train.steps"),
-            f"{parts} is more than train.steps={steps}; shorten it or train longer",
+            f"{parts} is more than train.steps={steps}; train longer, or shorten it: "
+            f"optim.warmup_steps={steps // 10}"
+            + (f" optim.decay_steps={max(steps // 4, 1)}" if decay else ""),
         )
 
 

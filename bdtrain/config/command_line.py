@@ -24,8 +24,8 @@ examples:
   %(prog)s --config configs/run/quickstart.yaml optim.lr=1e-3 train.steps=500 "optim.betas=[0.9,0.95]"
   %(prog)s --config configs/run/quickstart.yaml --check              validate and show sizes, start nothing
   %(prog)s --config configs/run/quickstart.yaml --check --nodes 2 --gpus 8      plan for 16 ranks elsewhere
-  %(prog)s --config configs/run/quickstart.yaml --explain optim.lr   what it is, its value, where that came
-  from %(prog)s --explain diffusion                                       the settings of a section
+  %(prog)s --config configs/run/quickstart.yaml --explain optim.lr   what it is, its value and its origin
+  %(prog)s --explain diffusion                                       the settings of a section
 
 All settings: configs/reference.md. Defaults < bases < file < later files < overrides.
 """

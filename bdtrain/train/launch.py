@@ -338,8 +338,8 @@ def say_done(result: RunSummary, console: Console, *, steps: int) -> None:
     console.line(f"time: {where_time_went(result.goodput)}")
     console.line(
         f"done: {format_count(result.tokens)} tokens in {format_seconds(result.train_seconds)} of training "
-        f"({format_count(result.tokens_per_second)} tokens/s), {format_seconds(result.wall_seconds)} in all, "
-        f"goodput {result.goodput['goodput']:.1%}"
+        f"({format_count(result.tokens_per_second)} tokens/s), {format_seconds(result.wall_seconds)} in all"
+        f"{' but for the time down' if result.attempts > 1 else ''}, goodput {result.goodput['goodput']:.1%}"
         + (f", {steps} steps in this attempt" if result.attempts > 1 else "")
         + (f"; weights in {result.checkpoint}" if result.checkpoint else "")
     )

@@ -342,6 +342,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.event("checkpoint", progress.step, folder=saved.folder.name, bytes=saved.bytes)
         self.write({"ckpt/bytes": saved.bytes, "ckpt/seconds": saved.seconds})
+        self.console.line(f"saved {saved.folder.name} ({saved.bytes / 1e6:.1f} MB, {saved.seconds:.1f}s)")
         return saved
 
     def prune(self, newest: Path) -> None:

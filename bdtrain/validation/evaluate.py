@@ -198,7 +198,7 @@ def evaluate_saved(
         likelihood=likelihood,
         baselines=compared,
         manifest={
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(Path(checkpoint).resolve()),
             "step": saved.facts.get("step"),
             "text": str(text or data or config.data.path or "synthetic"),
             "split": "text" if text else split,

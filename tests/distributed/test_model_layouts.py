@@ -47,8 +47,8 @@ def test_leaving_out_the_sum_of_partial_gradients_is_seen(found, layout):
 
 def test_only_partial_gradients_are_marked(found):
     """4 layers: two head norms of the qwen3 shape; under sequence parallelism its other two norms, or the
-    weights and biases of two norms and one bias of the bd3lm shape. All others are right without a sum. A stage
-    of two has half the layers; whether tp is 1 makes no difference."""
+    weights and biases of two norms and one bias of the bd3lm shape. All others are right without a sum. A
+    stage of two has half the layers; whether tp is 1 makes no difference."""
     marks = {"tp2 pp1 sp0": (8, 0), "tp2 pp1 sp1": (16, 20), "tp1 pp2 sp0": (4, 0)}
     for layout, (qwen3, bd3lm) in marks.items():
         for case in cases(found, layout):

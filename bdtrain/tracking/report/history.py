@@ -216,7 +216,7 @@ def _tell(event: Mapping[str, Any], run: Run | None = None) -> str:
     if name == "start":
         origin = f" from {event['checkpoint']}" if event.get("checkpoint") else ""
         changed = event.get("changed") if isinstance(event.get("changed"), list) else []
-        return f"attempt {event['attempt']} began{origin}, {event.get('world_size', '?')} ranks" + "".join(
+        return f"attempt {event['attempt']} began{origin}, {event.get('world_size', '?')} rank(s)" + "".join(
             f"; {change[0]}: {change[1]} -> {change[2]}"
             for change in changed or ()
             if isinstance(change, list) and len(change) == 3
