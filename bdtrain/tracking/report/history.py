@@ -216,16 +216,18 @@ def _tell(event: Mapping[str, Any], run: Run | None = None) -> str:
     if name == "start":
         origin = f" from {event['checkpoint']}" if event.get("checkpoint") else ""
         changed = event.get("changed") if isinstance(event.get("changed"), list) else []
-        return f"attempt {event['attempt']} began{origin}, {event.get('world_size', '?')} rank(s)" + "".join(
+        ranks = event.get("world_size", "?")
+        size = f"{ranks} rank" if ranks == 1 else f"{ranks} ranks"
+        return f"attempt {event['attempt']} began{origin}, {size}" + "".join(
             f"; {change[0]}: {change[1]} -> {change[2]}"
             for change in changed or ()
             if isinstance(change, list) and len(change) == 3
         )
     if name == "checkpoint":
-        folder, size = str(event.get("folder", "?")), number(event, "bytes")
+        folder, count = str(event.get("folder", "?")), number(event, "bytes")
         gone = "" if run is None or folder in run.checkpoints else " (deleted since)"
         place = f"{CHECKPOINTS}/{folder}"
-        return f"checkpoint {place}{'' if size is None else f', {format_count(size)}B'}{gone}"
+        return f"checkpoint {place}{'' if count is None else f', {format_count(count)}B'}{gone}"
     if name == "skipped":
         return f"step skipped, not finite: loss {event.get('loss', '?')}, rows {event.get('rows', '?')}"
     if name == "rejected_checkpoint":
