@@ -111,7 +111,9 @@ class SavedEvaluation:
 
     def lines(self) -> list[str]:
         """What the command prints."""
-        lines = [f"{self.manifest['checkpoint']} on {self.manifest['text']}", self.likelihood.describe()]
+        where, here = Path(self.manifest["checkpoint"]), Path.cwd()
+        checkpoint = where.relative_to(here) if where.is_relative_to(here) else where
+        lines = [f"{checkpoint} on {self.manifest['text']}", self.likelihood.describe()]
         if self.baselines is not None:
             lines.append(
                 f"bits/byte of the same text: unigram {self.baselines.unigram_bpb:.4f}, bigram "
@@ -198,7 +200,7 @@ def evaluate_saved(
         likelihood=likelihood,
         baselines=compared,
         manifest={
-            "checkpoint": str(Path(checkpoint).resolve()),
+            "checkpoint": str(checkpoint.resolve()),
             "step": saved.facts.get("step"),
             "text": str(text or data or config.data.path or "synthetic"),
             "split": "text" if text else split,
