@@ -144,8 +144,8 @@ def run_steps(folder: Path, options: argparse.Namespace, settings: str) -> None:
 def choose_held_out(text: str, folder: Path) -> tuple[str, str]:
     """What to train on and what to hold out, as words for the shell.
 
-    A share of the documents; where that would be none of them, the one with the lowest hash; of a single
-    document, its last tenth.
+    A share of the documents; where that would be none or all of them, the one with the lowest hash; of a
+    single document, its last tenth.
 
     Args:
         text: file, folder or pattern.
@@ -153,20 +153,23 @@ def choose_held_out(text: str, folder: Path) -> tuple[str, str]:
     """
     options = TextOptions()
     described = describe_inputs(find_inputs([text], options))
-    documents = []
+    hashes: set[float] = set()
+    only = ""
     for piece in (piece for task in plan_tasks(described) for piece in task):
-        documents += [found.text for found in read_documents(piece, options) if found.text]
-    if len(documents) == 1:
+        for document in read_documents(piece, options):
+            if document.text:
+                only = "" if hashes else document.text
+                hashes.add(document_hash(document.text.encode()))
+    if only:
         folder.mkdir(parents=True, exist_ok=True)
-        cut = len(documents[0]) * 9 // 10
-        for name, part in (("train.txt", documents[0][:cut]), ("valid.txt", documents[0][cut:])):
+        cut = len(only) * 9 // 10
+        for name, part in (("train.txt", only[:cut]), ("valid.txt", only[cut:])):
             (folder / name).write_text(part, encoding="utf-8")
         place = shlex.quote(shown(folder))
         return f"{place}/train.txt", f"--valid-input {place}/valid.txt"
-    lowest = sorted(document_hash(document.encode()) for document in documents)[:2]
-    fraction = VALID_FRACTION
-    if len(lowest) == 2 and lowest[0] >= VALID_FRACTION:
-        fraction = (lowest[0] + lowest[1]) / 2
+    fraction, lowest = VALID_FRACTION, sorted(hashes)[:2]
+    if len(lowest) == 2 and not lowest[0] < fraction <= max(hashes):
+        fraction = sum(lowest) / 2
     return shlex.quote(text), f"--valid-fraction {fraction:.9g}"
 
 
