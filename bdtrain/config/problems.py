@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -13,6 +14,29 @@ from pydantic_core import ErrorDetails
 
 from bdtrain.config.schema import RunConfig, Section
 from bdtrain.errors import ConfigError
+
+OTHER_WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "learning_rate": "optim.lr",
+        "max_steps": "train.steps",
+        "num_steps": "train.steps",
+        "n_layer": "model.num_layers",
+        "n_layers": "model.num_layers",
+        "n_head": "model.num_heads",
+        "n_heads": "model.num_heads",
+        "d_model": "model.hidden_size",
+        "n_embd": "model.hidden_size",
+        "context_length": "data.seq_len",
+        "max_seq_len": "data.seq_len",
+        "sequence_length": "data.seq_len",
+        "gradient_clipping": "optim.grad_clip_norm",
+        "max_grad_norm": "optim.grad_clip_norm",
+        "tensor_parallel_size": "parallel.tp",
+        "pipeline_parallel_size": "parallel.pp",
+        "dtype": "train.precision",
+    }
+)
+"""What other trainers call a setting, and what it is called here."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +122,13 @@ def known_sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> list
 def nearest_key(key: str) -> str | None:
     """The known key or section that the writer of ``key`` most likely meant, or None when nothing is near.
 
-    The last word counts most: ``train.lr`` means ``optim.lr`` rather than ``train.steps``. A word that names
-    a setting exactly in another section wins over a similar word in the same one.
+    Words of other trainers are known. The last word counts most: ``train.lr`` means ``optim.lr`` rather than
+    ``train.steps``. A word that names a setting exactly in another section wins over a similar word in the
+    same one.
     """
     section, _, word = key.rpartition(".")
+    if word in OTHER_WORDS:
+        return OTHER_WORDS[word]
     best, best_score = None, 0.0
     for candidate in known_keys() + known_sections():
         candidate_section, _, candidate_word = candidate.rpartition(".")
@@ -154,7 +181,8 @@ def type_problem(error: ErrorDetails) -> Problem:
         return Problem((key,), f"{place}={_show(value)}; it must be {form}")
     return Problem(
         (key,),
-        f"{place}={_show(value)}; {_wanted(kind, context, error['msg'])}{_yaml_hint(kind, value)}",
+        f"{place}={_show(value)}; {_wanted(kind, context, error['msg'])}{_yaml_hint(kind, value)}"
+        + (f', written "{key}=[A,B]"' if kind == "tuple_type" and isinstance(value, str) else ""),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from bdtrain.config import check_paths, dump_resolved, load_config
 from bdtrain.config.checks import find_conflicts, without_effect
+from bdtrain.config.problems import OTHER_WORDS, known_keys
 from bdtrain.errors import ConfigError
 from tests.unit.config.helpers import load, only_problem, problems
 
@@ -34,10 +35,20 @@ from tests.unit.config.helpers import load, only_problem, problems
         ("checkpoint.every_step", "checkpoint.every_steps"),
         ("tracking.mlflow_url", "tracking.mlflow_uri"),
         ("optim.group", "optim.groups"),
+        # What others call it.
+        ("optim.learning_rate", "optim.lr"),
+        ("d_model", "model.hidden_size"),
+        ("train.max_steps", "train.steps"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(key: str, meant: str) -> None:
     assert only_problem(f"{key}=1") == f"{key} is not a setting; did you mean {meant}? [command line]"
+
+
+def test_words_of_other_trainers_lead_to_settings_that_exist_and_hide_none() -> None:
+    words = {key.rpartition(".")[2] for key in known_keys()}
+    assert set(OTHER_WORDS.values()) <= set(known_keys())
+    assert not words & set(OTHER_WORDS)
 
 
 def test_an_unknown_key_without_neighbour_lists_what_there_is() -> None:
@@ -63,6 +74,7 @@ def test_an_unknown_key_without_neighbour_lists_what_there_is() -> None:
         ("optim.betas=[0.9]", "optim.betas=[0.9]; it must be a list of two numbers"),
         ("optim.betas=[0.9,0.99,0.999]", "it must be a list of two numbers"),
         ("optim.betas=0.9", "optim.betas=0.9; it must be a list of two numbers"),
+        ("optim.betas=0.9,0.95", 'it must be a list of two numbers, written "optim.betas=[A,B]"'),
         ("optim.betas=[0.9,x]", "optim.betas[1]='x'; it must be a number"),
         ("optim.betas=[0.9,1.0]", "both must be at least 0 and below 1"),
         ("diffusion.plan.resample=1", "diffusion.plan.resample=1; it must be true or false"),
