@@ -163,8 +163,8 @@ def estimate_step_operations(config: RunConfig) -> StepOperations:
 
     Per row of every stream each matrix of a layer once, in the last layer for the clean stream only keys and
     values; backward twice the forward pass. Unlike ``bdtrain.model.flops``, which counts what the model needs
-    (MFU), this has the pairs that dense attention computes and the mask throws away, and what
-    ``train.recompute`` makes a second time.
+    (MFU), this has the pairs that dense attention computes and the mask throws away (all of them for ``ar``
+    too, where a causal kernel does half), and what ``train.recompute`` makes a second time.
     """
     model, seq = config.model, config.data.seq_len
     noisy, clean = count_streams(config)

@@ -142,28 +142,8 @@ def start_attempt(
         )
     elif folder.known is not None:
         console.line(f"attempt {folder.attempt} begins anew: the run has no whole checkpoint")
-    identity = {
-        "tokenizer": parts.loader.tokenizer_info.to_dict(),
-        "data_fingerprint": dict(parts.loader.fingerprint),
-    }
-
-    opened: list[MetricsLog] = []
-
-    def begin() -> None:
-        # The clock of rank 0 is the run's; the other ranks' say how long they are at it themselves.
-        goodput.add_earlier(clock, spans=attempt_spans(folder.path / METRICS))
-        begin_attempt(folder, config, identity)
-        clean_leftovers(folder.checkpoints)
-        try:
-            opened.append(stack.enter_context(MetricsLog(folder.path / METRICS, folder.attempt)))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{folder.path / METRICS} cannot be continued ({error}); mend the file, or choose another "
-                "run.folder"
-            ) from error
-
-    on_first_rank(communicator, begin)
-    metrics, shipper = (opened[0] if opened else None), None
+    metrics = open_books(config, parts, folder, goodput=goodput, clock=clock, stack=stack)
+    shipper = None
     if metrics is not None:
         if metrics.cut_bytes:
             console.line(f"{METRICS}: {metrics.cut_bytes} bytes of a line that a crash tore were cut")
@@ -185,6 +165,54 @@ def start_attempt(
         stop=stop,
         faults=faults,
     )
+
+
+def open_books(
+    config: RunConfig,
+    parts: Parts,
+    folder: RunFolder,
+    *,
+    goodput: Goodput,
+    clock: dict[str, Any] | None,
+    stack: ExitStack,
+) -> MetricsLog | None:
+    """Write down that the attempt begins, and open the metrics file.
+
+    Args:
+        config: the run.
+        parts: whose data identify it.
+        folder: of the run.
+        goodput: takes the time of earlier attempts.
+        clock: what the checkpoint says of that time; None without one.
+        stack: closes the file.
+
+    Returns:
+        The open file on rank 0; None on the others.
+
+    Raises:
+        ConfigError: the same on all ranks, if the folder cannot be written or its metrics not be continued.
+    """
+    identity = {
+        "tokenizer": parts.loader.tokenizer_info.to_dict(),
+        "data_fingerprint": dict(parts.loader.fingerprint),
+    }
+    opened: list[MetricsLog] = []
+
+    def begin() -> None:
+        # The clock of rank 0 is the run's; the other ranks' say how long they are at it themselves.
+        goodput.add_earlier(clock, spans=attempt_spans(folder.path / METRICS))
+        begin_attempt(folder, config, identity)
+        clean_leftovers(folder.checkpoints)
+        try:
+            opened.append(stack.enter_context(MetricsLog(folder.path / METRICS, folder.attempt)))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{folder.path / METRICS} cannot be continued ({error}); mend the file, or choose another "
+                "run.folder"
+            ) from error
+
+    on_first_rank(parts.communicator, begin)
+    return opened[0] if opened else None
 
 
 def open_together(folder: Path, communicator: Communicator) -> TrainingState:

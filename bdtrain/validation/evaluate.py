@@ -204,18 +204,25 @@ def evaluate_saved(
             "step": saved.facts.get("step"),
             "text": str(text or data or config.data.path or "synthetic"),
             "split": "text" if text else split,
-            "sequences": likelihood.sequences,
-            "seq_len": config.data.seq_len,
-            "block_size": config.diffusion.block_size,
-            "documents": config.data.documents,
-            "tokenizer_sha256": source.tokenizer_info.sha256,
-            "data_fingerprint": dict(source.fingerprint),
-            "seed": config.run.seed,
-            "replicates": likelihood.replicates,
             "averaged_weights": bool(saved.facts.get("averaged")),
-            "eos_counted": True,
+            **_conditions(config, source, likelihood),
         },
     )
+
+
+def _conditions(config: RunConfig, source: Source, likelihood: Likelihood) -> dict[str, Any]:
+    """What must be equal for two results to be comparable."""
+    return {
+        "sequences": likelihood.sequences,
+        "seq_len": config.data.seq_len,
+        "block_size": config.diffusion.block_size,
+        "documents": config.data.documents,
+        "tokenizer_sha256": source.tokenizer_info.sha256,
+        "data_fingerprint": dict(source.fingerprint),
+        "seed": config.run.seed,
+        "replicates": likelihood.replicates,
+        "eos_counted": True,
+    }
 
 
 def _evaluation_source(saved: SavedModel, section: DataConfig, *, text: Path | None, split: str) -> Source:

@@ -109,10 +109,14 @@ def _describe(run: Run) -> Iterable[tuple[str, str]]:
     diffusion, train = section(run.config, "diffusion"), section(run.config, "train")
     block = diffusion.get("block_size")
     algo = str(diffusion.get("algo", ""))
-    yield (
-        "trained",
-        ", ".join(word for word in (algo, f"block size {block}" if block else "", _parameters(run)) if word),
+    clip_range = section(diffusion, "plan").get("clip_range")
+    words = (
+        algo,
+        f"block size {block}" if block else "",
+        f"clip range {clip_range} of the training loss" if clip_range else "",
+        _parameters(run),
     )
+    yield "trained", ", ".join(word for word in words if word)
     if model:
         sizes = ", ".join(
             f"{value} {word}"

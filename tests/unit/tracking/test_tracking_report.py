@@ -282,3 +282,12 @@ def test_attempts_and_faults_are_marked_on_the_curves_and_listed(tmp_path: Path)
     # The second attempt's CPU clock began anew: its seconds come on top of the 20 of the first one.
     last = read_columns(run / "metrics.jsonl")
     assert last.cpu_before == {1: 0.0, 2: 20.0}
+
+
+def test_clip_range_that_parts_training_from_validation_is_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    assert "clip range" not in read_page(folder)[1].split("<details>")[0]
+    config = folder / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace("block_size: 4}", "block_size: 4, plan: {clip_range: [0.3, 0.8]}}"))
+    assert "clip range [0.3, 0.8] of the training loss" in read_page(folder)[1]
