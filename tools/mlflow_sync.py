@@ -20,7 +20,6 @@ import yaml
 from bdtrain.config import RunConfig
 from bdtrain.errors import BdtrainError, ConfigError, report_failure
 from bdtrain.tracking.mlflow import (
-    CONFIG_FILE,
     MlflowStore,
     StoreOptions,
     default_uri,
@@ -28,8 +27,9 @@ from bdtrain.tracking.mlflow import (
     read_run_uid,
 )
 from bdtrain.tracking.names import run_name
+from bdtrain.tracking.run_files import CONFIG_FILE, METRICS_FILE
 from bdtrain.tracking.ship import SHIPPED, Shipping, only_shipper
-from bdtrain.tracking.spool import METRICS_FILE, RedactedStream, lines_left, redact
+from bdtrain.tracking.spool import RedactedStream, lines_left, redact
 
 
 def main(arguments: list[str]) -> int:

@@ -31,12 +31,12 @@ from typing import IO, Any, NoReturn
 import yaml
 
 from bdtrain.errors import BdtrainError, ConfigError, report_failure
-from bdtrain.tracking.mlflow import CONFIG_FILE, default_uri, read_run_uid
-from bdtrain.tracking.report.page import REPORT_FILE, write_report
-from bdtrain.tracking.spool import METRICS_FILE, redact
+from bdtrain.tracking.mlflow import default_uri, read_run_uid
+from bdtrain.tracking.report import write_report
+from bdtrain.tracking.run_files import ARTIFACTS, CONFIG_FILE, DATABASE_FILE, METRICS_FILE, REPORT_FILE
+from bdtrain.tracking.spool import redact
 
 HOST = "127.0.0.1"
-DATABASE = "mlflow.db"
 DEPTH = 3
 START_TIMEOUT_S = 120.0
 STOP_GRACE_S = 5.0
@@ -83,7 +83,7 @@ def find_run(folder: Path) -> Path:
         raise ConfigError(
             f"{folder} is no folder; give that of a run: make dashboard RUN=runs/quickstart/run"
         )
-    if (folder / DATABASE).is_file():
+    if (folder / DATABASE_FILE).is_file():
         return folder
     if (folder / METRICS_FILE).is_file():
         raise ConfigError(_no_database(folder))
@@ -120,7 +120,8 @@ def _no_database(folder: Path) -> str:
             f"{sync} --uri {shlex.quote(default_uri(folder))}"
         )
     return (
-        f"{folder} has no {DATABASE}: tracking.mlflow was false, or nothing was shipped yet; {sync} makes it"
+        f"{folder} has no {DATABASE_FILE}: tracking.mlflow was false, or nothing was shipped yet; {sync} "
+        "makes it"
     )
 
 
@@ -164,7 +165,7 @@ def server_command(folder: Path, port: int) -> list[str]:
         # -P: a file of the working folder must not hide a library.
         *(sys.executable, "-P", "-m", "mlflow", "server"),
         *("--backend-store-uri", default_uri(folder)),
-        *("--default-artifact-root", (folder.resolve() / "mlflow-artifacts").as_uri()),
+        *("--default-artifact-root", (folder.resolve() / ARTIFACTS).as_uri()),
         *("--host", HOST, "--port", str(port), "--workers", "1"),
     ]
 
@@ -178,7 +179,7 @@ def find_page(folder: Path) -> str:
     uid = read_run_uid(folder).replace("'", "")
     tagged = "SELECT run_uuid FROM tags WHERE key = 'bdtrain.run_uid' AND value = ?"
     query = "SELECT experiment_id, run_uuid FROM runs WHERE lifecycle_stage = 'active' "
-    address = f"{(folder.resolve() / DATABASE).as_uri()}?mode=ro"
+    address = f"{(folder.resolve() / DATABASE_FILE).as_uri()}?mode=ro"
     try:
         with closing(sqlite3.connect(address, uri=True, timeout=30)) as database:
             row = database.execute(
@@ -187,9 +188,9 @@ def find_page(folder: Path) -> str:
     except sqlite3.Error as error:
         if "no such table" in str(error):
             raise ConfigError(
-                f"{folder / DATABASE} has no tables yet: nothing was shipped; try again in a minute"
+                f"{folder / DATABASE_FILE} has no tables yet: nothing was shipped; try again in a minute"
             ) from error
-        raise ConfigError(f"{folder / DATABASE} is no database of MLflow ({error})") from error
+        raise ConfigError(f"{folder / DATABASE_FILE} is no database of MLflow ({error})") from error
     # Without the last part MLflow 3 may open the pages of an LLM application, which have no curves.
     where = f"experiments/{row[0]}/runs/{row[1]}/model-metrics" if row else "experiments"
     return f"/#/{where}?workflowType=machine_learning"
@@ -217,7 +218,7 @@ def serve(folder: Path, port: int, *, show: bool) -> int:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     with tempfile.TemporaryFile() as log:
-        print(f"starting MLflow {version('mlflow')} on {folder / DATABASE} ...", flush=True)
+        print(f"starting MLflow {version('mlflow')} on {folder / DATABASE_FILE} ...", flush=True)
         process = None
         try:
             # A session of its own: the terminal's Ctrl-C reaches this process alone, which ends the server's.

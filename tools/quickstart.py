@@ -153,13 +153,16 @@ def choose_held_out(text: str, folder: Path) -> tuple[str, str]:
     """
     options = TextOptions()
     described = describe_inputs(find_inputs([text], options))
+    pieces = (piece for task in plan_tasks(described) for piece in task)
     hashes: set[float] = set()
     only = ""
-    for piece in (piece for task in plan_tasks(described) for piece in task):
-        for document in read_documents(piece, options):
-            if document.text:
-                only = "" if hashes else document.text
-                hashes.add(document_hash(document.text.encode()))
+    for document in (
+        found.text for piece in pieces for found in read_documents(piece, options) if found.text
+    ):
+        only = "" if hashes else document
+        hashes.add(document_hash(document.encode()))
+        if min(hashes) < VALID_FRACTION <= max(hashes):
+            return shlex.quote(text), f"--valid-fraction {VALID_FRACTION:g}"  # some on either side
     if only:
         folder.mkdir(parents=True, exist_ok=True)
         cut = len(only) * 9 // 10
@@ -167,9 +170,8 @@ def choose_held_out(text: str, folder: Path) -> tuple[str, str]:
             (folder / name).write_text(part, encoding="utf-8")
         place = shlex.quote(shown(folder))
         return f"{place}/train.txt", f"--valid-input {place}/valid.txt"
-    fraction, lowest = VALID_FRACTION, sorted(hashes)[:2]
-    if len(lowest) == 2 and not lowest[0] < fraction <= max(hashes):
-        fraction = sum(lowest) / 2
+    lowest = sorted(hashes)[:2]
+    fraction = sum(lowest) / 2 if len(lowest) == 2 else VALID_FRACTION
     return shlex.quote(text), f"--valid-fraction {fraction:.9g}"
 
 

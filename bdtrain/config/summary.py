@@ -39,7 +39,7 @@ def summarise(config: RunConfig) -> str:
     return "\n".join(
         [
             f"configuration is valid: {config.run.name}  (sha256 {config_sha256(config)[:12]})",
-            f"  objective  {_objective(config)}",
+            f"  objective  {describe_objective(config)}",
             f"  model      {model.shape}, {model.num_layers} layers x {model.hidden_size} channels: {size}",
             f"  step       {rows} = {config.tokens_per_step:,} tokens",
             f"  run        {train.steps:,} steps = {tokens:,} tokens{ratio}, into {config.run.folder}",
@@ -94,6 +94,22 @@ def summarise_time(config: RunConfig, layout: Layout) -> str:
     return "\n".join(lines)
 
 
+def describe_objective(config: RunConfig) -> str:
+    """Objective, block size and noise in words; a clip range parts the losses of training and validation."""
+    diffusion, plan = config.diffusion, config.diffusion.plan
+    words = f"{diffusion.algo}, block size {diffusion.block_size}"
+    if diffusion.algo == "ar":
+        return words
+    if plan.clip_range is not None:
+        beta, omega = plan.clip_range
+        words += (
+            f", clip range [{beta:g}, {omega:g}] (of the training loss; validation takes the whole range)"
+        )
+    if diffusion.schedule != "linear":
+        words += f", {diffusion.schedule} schedule"
+    return words if plan.kind == "count" else f"{words}, {plan.kind} masks"
+
+
 def format_bytes(number: int) -> str:
     """A size in the largest binary unit that it fills."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
@@ -108,17 +124,6 @@ def format_duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.1f} seconds"
-
-
-def _objective(config: RunConfig) -> str:
-    diffusion = config.diffusion
-    text: str = diffusion.algo
-    if diffusion.algo == "block_diffusion":
-        text += f", blocks of {diffusion.block_size} tokens"
-    clip_range = diffusion.plan.clip_range
-    if diffusion.algo != "ar" and clip_range is not None:
-        text += f", clip range [{clip_range[0]:g}, {clip_range[1]:g}]"
-    return text
 
 
 def _peak(config: RunConfig, layout: Layout, kept: int, parameters: int) -> list[str]:

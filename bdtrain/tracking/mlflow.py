@@ -20,9 +20,17 @@ from types import MappingProxyType
 from typing import Any
 
 from bdtrain.tracking.jsonl import read_lines
+from bdtrain.tracking.run_files import (
+    ARTIFACTS,
+    CONFIG_FILE,
+    DATABASE_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+)
 from bdtrain.tracking.spool import (
     LOG_FILE,
-    METRICS_FILE,
     Point,
     ShipState,
     ended,
@@ -36,8 +44,7 @@ URI_VARIABLE = "BDTRAIN_MLFLOW_URI"
 REQUEST_TIMEOUT_S = 10
 MAX_VALUE_CHARACTERS = 500
 MAX_PARAMS = 100
-CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
-LAST_FILES = ("summary.json", "samples.jsonl")
+LAST_FILES = (SUMMARY_FILE, SAMPLES_FILE)
 STATUS: Mapping[str, str] = MappingProxyType({"end": "FINISHED", "stop": "KILLED", "failed": "FAILED"})
 # What makes the pages of MLflow 3 open as those of a trained model, not of an LLM application.
 EXPERIMENT_TAGS: Mapping[str, str] = MappingProxyType({"mlflow.experimentKind": "custom_model_development"})
@@ -45,7 +52,7 @@ EXPERIMENT_TAGS: Mapping[str, str] = MappingProxyType({"mlflow.experimentKind": 
 
 def default_uri(folder: Path) -> str:
     """Address of the database in a run's folder."""
-    return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+    return f"sqlite:///{folder.resolve() / DATABASE_FILE}"
 
 
 def read_run_uid(folder: Path) -> str:
@@ -106,8 +113,8 @@ class MlflowStore:
     def __init__(self, folder: Path, options: StoreOptions, run_id: str | None) -> None:
         self._folder, self._options = folder, options
         self._local = options.uri == default_uri(folder)
-        if self._local and not (folder / "mlflow.db").exists():
-            self._make_database(folder / "mlflow.db")
+        if self._local and not (folder / DATABASE_FILE).exists():
+            self._make_database(folder / DATABASE_FILE)
         self._client = self._connect(options.uri)
         self.run_id = self._find_run(run_id) or self._make_run()
 
@@ -192,7 +199,7 @@ class MlflowStore:
         if experiment is not None:
             experiment_id = experiment.experiment_id
         else:
-            place = (self._folder.resolve() / "mlflow-artifacts").as_uri() if self._local else None
+            place = (self._folder.resolve() / ARTIFACTS).as_uri() if self._local else None
             experiment_id = self._client.create_experiment(
                 options.experiment, artifact_location=place, tags=dict(EXPERIMENT_TAGS)
             )

@@ -29,9 +29,9 @@ from bdtrain.tracking.mlflow import (
     quiet_environment,
     read_run_uid,
 )
+from bdtrain.tracking.run_files import METRICS_FILE
 from bdtrain.tracking.spool import (
     LOCK_FILE,
-    METRICS_FILE,
     Point,
     RedactedStream,
     ShipState,

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, TextIO
 
 from bdtrain.tracking.jsonl import OWN_FIELDS, last_record, read_lines
 from bdtrain.tracking.names import LAST_EVENTS, is_deterministic
+from bdtrain.tracking.run_files import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "mlflow_ship.json"
 LOG_FILE = "mlflow_ship.log"
 LOCK_FILE = "mlflow_ship.lock"

@@ -26,20 +26,22 @@ from bdtrain.config.resume import fixed_changes, fixed_settings
 from bdtrain.errors import CheckpointError, ConfigError
 from bdtrain.files import TEMPORARY_PREFIX, sync_folder, write_atomic
 from bdtrain.tracking.jsonl import last_attempt
-from bdtrain.tracking.report.page import REPORT_FILE
-from bdtrain.train.run_lock import LOCK, RunLock
+from bdtrain.tracking.run_files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    EXIT_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+)
+from bdtrain.train.run_lock import RunLock
 from bdtrain.train.signals import LAUNCHER_GONE
 
 if TYPE_CHECKING:
     from bdtrain.checkpoint.communicator import Communicator
 
-RESOLVED = "config.yaml"
-RUN = "run.json"
-CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
-WEIGHTS = "checkpoint"
-EXIT = "EXIT.json"
-SUMMARY = "summary.json"
 REASONS = ("finished", "SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", LAUNCHER_GONE, "nonfinite", "error")
 """How an attempt ends, unless it is killed."""
 
@@ -92,7 +94,7 @@ def claim_run_folder(config: RunConfig, communicator: Communicator, lock: RunLoc
         note = lock.acquire()
         known = _inspect(config, folder)
         # After a power failure the metrics file may know of an attempt that run.json forgot.
-        before = max(int(known["attempts"]) if known else 0, last_attempt(folder / METRICS))
+        before = max(int(known["attempts"]) if known else 0, last_attempt(folder / METRICS_FILE))
         uid = known["run_uid"] if known else uuid.uuid4().hex
         return {"known": known, "uid": uid, "attempt": before + 1, "note": note}
 
@@ -125,10 +127,10 @@ def begin_attempt(folder: RunFolder, config: RunConfig, facts: dict[str, Any]) -
         **facts,
     }
     try:
-        write_json(folder.path / RUN, {**content, "attempts": folder.attempt})
-        write_atomic(folder.path / RESOLVED, dump_resolved(config).encode())
+        write_json(folder.path / RUN_FILE, {**content, "attempts": folder.attempt})
+        write_atomic(folder.path / CONFIG_FILE, dump_resolved(config).encode())
         clear_exit(folder.path)
-        for name in (RUN, RESOLVED, EXIT, SUMMARY, REPORT_FILE):
+        for name in (RUN_FILE, CONFIG_FILE, EXIT_FILE, SUMMARY_FILE, REPORT_FILE):
             for left in folder.path.glob(f"{TEMPORARY_PREFIX}*.{name}"):
                 left.unlink(missing_ok=True)  # of a killed attempt; the lock says that no other one lives
         folder.checkpoints.mkdir(exist_ok=True)
@@ -199,12 +201,12 @@ def write_exit(folder: Path, reason: str, step: int, *, resumable: bool, exit_co
         "time": round(time.time(), 3),
     }
     # One line, as a shell's `cat` shows it.
-    write_atomic(folder / EXIT, (json.dumps(content) + "\n").encode())
+    write_atomic(folder / EXIT_FILE, (json.dumps(content) + "\n").encode())
 
 
 def clear_exit(folder: Path) -> None:
     """Remove ``EXIT.json`` at the start of an attempt: without it, the last attempt was killed."""
-    (folder / EXIT).unlink(missing_ok=True)
+    (folder / EXIT_FILE).unlink(missing_ok=True)
 
 
 def _inspect(config: RunConfig, folder: Path) -> dict[str, Any] | None:
@@ -217,25 +219,25 @@ def _inspect(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     try:
         # A folder in which nothing but a lock or an unfinished file lies is free.
         taken = folder.exists() and any(
-            not path.name.startswith((LOCK, *_UNFINISHED)) for path in folder.iterdir()
+            not path.name.startswith((LOCK_FILE, *_UNFINISHED)) for path in folder.iterdir()
         )
     except NotADirectoryError as error:
         raise ConfigError(f"run.folder={folder} is a file; {another}") from error
     if not taken:
         return None
-    if not (folder / RUN).is_file():
-        raise ConfigError(f"run.folder={folder} holds files, but no run ({RUN} is missing); {another}")
+    if not (folder / RUN_FILE).is_file():
+        raise ConfigError(f"run.folder={folder} holds files, but no run ({RUN_FILE} is missing); {another}")
     if not config.run.resume:
         raise ConfigError(
             f"run.folder={folder} holds another run and run.resume=false; {another}, or continue that run "
             "with run.resume=true"
         )
     try:
-        known: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        known: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         changes = fixed_changes(known["fixed_settings"], fixed_settings(config))
         _ = known["run_uid"], int(known["attempts"]), known["tokenizer"], known["data_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / RUN} cannot be read ({error!r}); {another}") from error
+        raise ConfigError(f"{folder / RUN_FILE} cannot be read ({error!r}); {another}") from error
     if changes:
         lines = "\n  ".join(f"{key}: the run has {before}, now {after}" for key, before, after in changes)
         raise ConfigError(
@@ -248,7 +250,7 @@ def _inspect(config: RunConfig, folder: Path) -> dict[str, Any] | None:
 
 def _refuse_finished(config: RunConfig, folder: Path, another: str) -> None:
     try:
-        left = json.loads((folder / EXIT).read_text(encoding="utf-8"))
+        left = json.loads((folder / EXIT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     if left.get("reason") == "finished" and left.get("step", 0) >= config.train.steps:

@@ -26,11 +26,9 @@ from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog, attempt_spans
 from bdtrain.tracking.mlflow import MlflowShipper
 from bdtrain.tracking.names import run_name
+from bdtrain.tracking.run_files import EXIT_FILE, METRICS_FILE, SUMMARY_FILE
 from bdtrain.train.faults import Faults
 from bdtrain.train.folder import (
-    EXIT,
-    METRICS,
-    SUMMARY,
     RunFolder,
     begin_attempt,
     claim_run_folder,
@@ -146,7 +144,7 @@ def start_attempt(
     shipper = None
     if metrics is not None:
         if metrics.cut_bytes:
-            console.line(f"{METRICS}: {metrics.cut_bytes} bytes of a line that a crash tore were cut")
+            console.line(f"{METRICS_FILE}: {metrics.cut_bytes} bytes of a line that a crash tore were cut")
         metrics.event("start", progress.step, **environment_facts(), world_size=layout.world_size, **facts)
         for path, reason in found.rejected:
             metrics.event("rejected_checkpoint", progress.step, folder=path.name, reason=reason)
@@ -200,15 +198,15 @@ def open_books(
 
     def begin() -> None:
         # The clock of rank 0 is the run's; the other ranks' say how long they are at it themselves.
-        goodput.add_earlier(clock, spans=attempt_spans(folder.path / METRICS))
+        goodput.add_earlier(clock, spans=attempt_spans(folder.path / METRICS_FILE))
         begin_attempt(folder, config, identity)
         clean_leftovers(folder.checkpoints)
         try:
-            opened.append(stack.enter_context(MetricsLog(folder.path / METRICS, folder.attempt)))
+            opened.append(stack.enter_context(MetricsLog(folder.path / METRICS_FILE, folder.attempt)))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{folder.path / METRICS} cannot be continued ({error}); mend the file, or choose another "
-                "run.folder"
+                f"{folder.path / METRICS_FILE} cannot be continued ({error}); mend the file, or choose "
+                "another run.folder"
             ) from error
 
     on_first_rank(parts.communicator, begin)
@@ -302,7 +300,7 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
                 write_exit(folder, reason, trainer.progress.step, resumable=resumable, exit_code=exit_code)
             except OSError as error:
                 # A disk that is full to the last byte must not hide why the run ends.
-                console.line(f"{EXIT} could not be written: {error.strerror or error}")
+                console.line(f"{EXIT_FILE} could not be written: {error.strerror or error}")
         news = None if trainer.shipper is None else trainer.shipper.close(drain_s)
         if news is not None:
             console.line(news)
@@ -326,9 +324,9 @@ def run_attempt(trainer: Trainer, *, first: bool) -> RunSummary | Stopped:
         return result
     if first:
         try:
-            write_summary(folder / SUMMARY, result)
+            write_summary(folder / SUMMARY_FILE, result)
         except OSError as error:
-            console.line(f"{SUMMARY} could not be written: {error.strerror or error}")
+            console.line(f"{SUMMARY_FILE} could not be written: {error.strerror or error}")
     drain_s = trainer.config.tracking.drain_timeout_s
     report = leave("finished", "end", resumable=False, exit_code=0, drain_s=drain_s)
     say_done(result, console, steps=result.steps - step)

@@ -20,8 +20,9 @@ from bdtrain.tracking.console import format_seconds
 from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog
 from bdtrain.tracking.mlflow import MlflowShipper
+from bdtrain.tracking.run_files import SAMPLES_FILE, WEIGHTS
 from bdtrain.train.faults import Faults, FaultyDisk
-from bdtrain.train.folder import WEIGHTS, RunFolder, on_first_rank
+from bdtrain.train.folder import RunFolder, on_first_rank
 from bdtrain.train.optim import learning_rate
 from bdtrain.train.progress import Progress, Window
 from bdtrain.train.setup import Parts
@@ -309,7 +310,7 @@ class Trainer:
         if sample is not None and self.metrics is not None:
             line = {"step": step, "attempt": self.folder.attempt, **sample.to_dict()}
             try:
-                append_line(self.folder.path / "samples.jsonl", json.dumps(line, ensure_ascii=False))
+                append_line(self.folder.path / SAMPLES_FILE, json.dumps(line, ensure_ascii=False))
             except OSError as error:
                 self.console.line(f"the sample was not written: {error.strerror or error}")
         return likelihood

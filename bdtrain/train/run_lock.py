@@ -20,8 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bdtrain.errors import ConfigError
-
-LOCK = ".lock"
+from bdtrain.tracking.run_files import LOCK_FILE
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -70,7 +69,7 @@ class RunLock:
         stale_s: float = 30.0,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        self.path = folder / LOCK
+        self.path = folder / LOCK_FILE
         self._heartbeat_s, self._stale_s = heartbeat_s, stale_s
         self._tell = tell or (lambda message: None)
         self._file: int | None = None

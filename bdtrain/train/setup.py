@@ -14,6 +14,7 @@ import torch
 from bdtrain.checkpoint.communicator import Communicator
 from bdtrain.config import RunConfig
 from bdtrain.config.layout import Layout
+from bdtrain.config.summary import describe_objective
 from bdtrain.data import order
 from bdtrain.data.build import build_loader, build_source
 from bdtrain.data.loader import Loader
@@ -110,7 +111,7 @@ def build_parts(
     config = with_vocabulary(config, loader)
     epoch_tokens = format_count(loader.epoch_samples * config.data.seq_len)
     console.line(
-        f"{config.diffusion.algo}, {describe_noise(config)}, {config.train.steps} steps of "
+        f"{describe_objective(config)}, {config.train.steps} steps of "
         f"{format_count(config.tokens_per_step)} tokens; {epoch_tokens} tokens an epoch "
         f"from {source_name(config)}"
     )
@@ -251,21 +252,6 @@ def describe_layout(config: RunConfig, layout: Layout) -> str:
         f"{config.parallel.zero_stage}, {config.train.precision}), {layout.micro_batches} x "
         f"{layout.micro_batch_size} rows a step each"
     )
-
-
-def describe_noise(config: RunConfig) -> str:
-    """Block size and noise in words; a clip range is why losses of training and validation differ."""
-    diffusion, plan = config.diffusion, config.diffusion.plan
-    words = f"block size {diffusion.block_size}"
-    if diffusion.algo == "ar":
-        return words
-    if plan.clip_range is not None:
-        words += (
-            f", clip range {list(plan.clip_range)} (of the training loss; validation takes the whole range)"
-        )
-    if diffusion.schedule != "linear":
-        words += f", {diffusion.schedule} schedule"
-    return words if plan.kind == "count" else f"{words}, {plan.kind} masks"
 
 
 def source_name(config: RunConfig) -> str:

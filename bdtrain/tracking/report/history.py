@@ -11,10 +11,10 @@ from bdtrain.tracking.console import format_count, format_seconds
 from bdtrain.tracking.goodput import ACTIVITIES
 from bdtrain.tracking.names import METRICS
 from bdtrain.tracking.report.curves import Curve, Mark, draw_curve, make_axes, thin
-from bdtrain.tracking.report.read import CHECKPOINTS, Run, number, utc
+from bdtrain.tracking.report.read import Run, number, utc
 from bdtrain.tracking.report.results import is_exact, read_baselines
 from bdtrain.tracking.report.style import escape
-from bdtrain.tracking.spool import METRICS_FILE
+from bdtrain.tracking.run_files import CHECKPOINTS, METRICS_FILE
 
 MAX_EVENT_ROWS = 200
 MAX_SAMPLE_CHARACTERS = 20_000

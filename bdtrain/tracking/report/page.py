@@ -25,12 +25,11 @@ from bdtrain.tracking.report.history import (
     show_goodput,
     show_samples,
 )
-from bdtrain.tracking.report.read import CHECKPOINTS, WEIGHTS, Run, number, read_run, section, utc
+from bdtrain.tracking.report.read import Run, number, read_run, section, utc
 from bdtrain.tracking.report.results import compare_with_baselines, show_evaluations, show_key_numbers
 from bdtrain.tracking.report.style import POLICY, SCRIPT, STYLE, axis_rules, clean, escape
-from bdtrain.tracking.spool import METRICS_FILE
+from bdtrain.tracking.run_files import CHECKPOINTS, METRICS_FILE, REPORT_FILE, WEIGHTS
 
-REPORT_FILE = "report.html"
 MAX_CONFIG_CHARACTERS = 200_000
 
 

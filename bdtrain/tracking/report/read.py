@@ -21,11 +21,17 @@ from typing import Any
 import yaml
 
 from bdtrain.errors import ConfigError
-from bdtrain.tracking.spool import METRICS_FILE
+from bdtrain.tracking.run_files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    EXIT_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+)
 
-EXIT_FILE, RUN_FILE, CONFIG_FILE = "EXIT.json", "run.json", "config.yaml"
-SUMMARY_FILE, SAMPLES_FILE, LOCK_FILE = "summary.json", "samples.jsonl", ".lock"
-CHECKPOINTS, WEIGHTS = "checkpoints", "checkpoint"
 HEARTBEAT_STALE_S = 30.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MAX_SAMPLES = 20

@@ -10,7 +10,7 @@ from bdtrain.config import load_config
 from bdtrain.errors import CheckpointError, ConfigError, NonFiniteError
 from bdtrain.tracking.console import Console
 from bdtrain.tracking.names import run_name
-from bdtrain.train.folder import EXIT
+from bdtrain.tracking.run_files import EXIT_FILE
 from bdtrain.train.launch import run_attempt
 from bdtrain.train.loop import RunSummary, Stopped
 
@@ -61,7 +61,7 @@ def end(folder, how, *, first=True):
         outcome = run_attempt(trainer, first=first)
     except (NonFiniteError, CheckpointError) as error:
         outcome = error
-    left = json.loads((folder / EXIT).read_text()) if (folder / EXIT).exists() else None
+    left = json.loads((folder / EXIT_FILE).read_text()) if (folder / EXIT_FILE).exists() else None
     if left is not None:
         del left["time"]
     return outcome, left, stream.getvalue().splitlines()
@@ -73,7 +73,7 @@ def written(monkeypatch):
     folders = []
 
     def write_report(folder):
-        folders.append((folder, (folder / EXIT).exists()))
+        folders.append((folder, (folder / EXIT_FILE).exists()))
         return folder / "report.html"
 
     monkeypatch.setattr("bdtrain.tracking.report.write_report", write_report)
