@@ -3,15 +3,14 @@
 Rows of the sequence axis are R = streams x seq_len x micro_batch_size: every noisy copy and the clean stream
 pass through all layers. One layer keeps, per row, in the precision of the run (h hidden_size; q and k the
 channels of all query and of all key heads; f ffn_size; tp divides q, k and f, and h too under sequence
-parallelism; n is 5 with a gate in the feed-forward part, else 2):
+parallelism; n is 3 with a gate in the feed-forward part, else 2):
 
     4 h                 input and result of both norms
-    q + 2 k             the joint projection, as the values and the norm of the keys read it
-    q                   queries put side by side before their norm, where several share a key head
+    q + 2 k             the joint projection, as the values and the norms of queries and keys read it
     3 q, or q + k       queries, keys and values as attention reads them: with grouped heads keys and values
                         are repeated to the width of the queries
     2 q                 the result of attention, by itself and as the output projection reads it
-    n f                 the feed-forward part
+    n f                 the feed-forward part: result of the first projection, input of the second
 
 and besides, in float32, what norms keep per row and the logarithms of attention's sums, and attention's mask
 as numbers, [seq, 2 seq] for every noisy copy and [seq, seq] for the clean stream: once where a row is one
@@ -94,10 +93,8 @@ def _layer_bytes(config: RunConfig, layout: Layout) -> tuple[int, int]:
 
     # per row, in numbers of the run's precision
     norms, projected, mixed = 4 * residual, queries + 2 * keys, queries
-    # With one key head on the rank its queries lie side by side already.
-    side_by_side = queries if gated and grouped and model.num_kv_heads > layout.tp else 0
-    feed_forward = (5 if gated else 2) * (model.ffn_size // layout.tp)
-    outside = norms + projected + side_by_side + queries + keys + mixed + feed_forward
+    feed_forward = (3 if gated else 2) * (model.ffn_size // layout.tp)
+    outside = norms + projected + queries + keys + mixed + feed_forward
     inside = queries + (2 * queries - keys if grouped else 0)
     # per row, float32
     heads, key_heads = model.num_heads // layout.tp, model.num_kv_heads // layout.tp

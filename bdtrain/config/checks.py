@@ -22,7 +22,7 @@ SHARE_TOLERANCE = 1e-9
 
 def find_conflicts(config: RunConfig) -> list[Problem]:
     """Breaches of the rules between settings, all of them."""
-    rules = (_model, _data, _blocks, _clip_range, _optim, _batches, _sample)
+    rules = (_model, _data, _blocks, _clip_range, _optim, _batches, _sample, _profile)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -88,6 +88,8 @@ def without_effect(config: RunConfig) -> dict[str, Reason]:
     if not tracking.mlflow:
         shipping = ["tracking.mlflow_uri", "tracking.experiment", "tracking.drain_timeout_s"]
         ignore("tracking.mlflow", "false", *shipping)
+    if config.profile.steps is None:
+        ignore("profile.steps", "null, which traces nothing", "profile.ranks", "profile.stacks")
     return table
 
 
@@ -338,4 +340,15 @@ def _sample(config: RunConfig) -> Iterator[Problem]:
             f"validation.sample_tokens={sample.sample_tokens} is more than the one row of "
             f"data.seq_len={data.seq_len} that diffusion.algo=mdlm learns to fill; choose at most "
             f"{data.seq_len} (0 writes no sample)",
+        )
+
+
+def _profile(config: RunConfig) -> Iterator[Problem]:
+    traced, steps = config.profile.traced_steps, config.train.steps
+    if traced and traced[-1] > steps:
+        length = min(len(traced), steps)
+        yield Problem(
+            ("profile.steps", "train.steps"),
+            f"profile.steps={config.profile.steps} is past the last step, train.steps={steps}; choose "
+            f"profile.steps={steps + 1 - length}:{steps + 1} or an earlier range, or train longer",
         )

@@ -8,6 +8,7 @@ what is written.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ BASE_KEY = "base"
 COMMAND_LINE = "command line"
 MAX_FILE_BYTES = 2**20
 """A larger file is no configuration; aliases in YAML could also blow a small one up, so they are refused."""
+
+_COLONS = re.compile(r"[0-9]+(:[0-9]+)+")
+"""Numbers with colons: text, as in YAML 1.2. To YAML 1.1, which the library reads, 10:13 is 613."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,11 @@ def _read_file(path: Path, parents: tuple[Path, ...]) -> list[Layer]:
         bases = []
     for base in bases:
         layers += _read_file(path.parent / base, (*parents, resolved))
-    lines = _line_numbers(path)
+    lines, texts = _line_numbers(path), _texts_with_colons(path)
     values: dict[str, Origin] = {}
     for key, value in _flatten(content):
         source = f"{path}:{lines[key]}" if key in lines else str(path)
+        value = texts.get(key, value)
         problem = _refused(key, value)
         if problem:
             problems.append(f"{problem} [{source}]")
@@ -131,7 +136,7 @@ def _parse_file(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def _read_override(text: str) -> Layer:
     """The layer of one ``key=value``."""
-    key, equals, _ = text.partition("=")
+    key, equals, value_text = text.partition("=")
     if not equals or not key.strip():
         near = nearest_key(text.strip())
         return _failed(
@@ -143,6 +148,8 @@ def _read_override(text: str) -> Layer:
         return _failed(
             f"override {text!r} sets part of a list; set the whole list, as in optim.betas=[0.9,0.95]"
         )
+    if _COLONS.fullmatch(value_text.strip()):
+        text = f"{key}='{value_text.strip()}'"
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([text.strip()]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -217,6 +224,21 @@ def _line_numbers(path: Path) -> dict[str, int]:
 
     walk(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
     return lines
+
+
+def _texts_with_colons(path: Path) -> dict[str, str]:
+    """Values of dotted keys that are numbers with colons, as they are written in a YAML file that parses."""
+    texts: dict[str, str] = {}
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                walk(value, f"{prefix}.{key.value}" if prefix else str(key.value))
+        elif isinstance(node, yaml.ScalarNode) and _COLONS.fullmatch(node.value):
+            texts[prefix] = node.value
+
+    walk(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
+    return texts
 
 
 def _neighbours(path: Path) -> str:

@@ -16,9 +16,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from bdtrain.model.config import BDTransformerConfig
-from bdtrain.model.rope import RopeTable, rotate
+from bdtrain.model.norm import HeadNorm
+from bdtrain.model.rope import RopeTable
 from bdtrain.model.streams import to_chunks, to_streams
 from bdtrain_kernels import block_attention
+from bdtrain_kernels.rotary import rotate_heads
 
 
 class AttentionContext(Protocol):
@@ -229,7 +231,6 @@ class TwoStreamSelfAttention(SelfAttention):  # type: ignore[misc]
         last = self.layer_number == self.config.num_layers
         rows = context.output_rows(total) if last else total
         query, key, value = self._project(hidden_states, rows, context)
-        query, key = rotate(query, context.rope.rows(query.shape[0])), rotate(key, context.rope)
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
             attend = self._checkpointed_attention_forward
@@ -240,7 +241,7 @@ class TwoStreamSelfAttention(SelfAttention):  # type: ignore[misc]
     def _project(
         self, hidden: Tensor, query_rows: int, context: AttentionContext
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the first rows, keys and values of all, unrotated: [seq, batch, heads, head_dim].
+        """Queries of the first rows, keys and values of all: [seq, batch, heads, head_dim].
 
         Under sequence parallelism the rows of all ranks come back, stream after stream.
         """
@@ -253,12 +254,15 @@ class TwoStreamSelfAttention(SelfAttention):  # type: ignore[misc]
         groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads = self.num_attention_heads_per_partition // groups
         query, key, value = fused.unflatten(-1, (groups, -1)).split((heads * dim, dim, dim), dim=-1)
-        query = query.unflatten(-1, (heads, dim)).flatten(2, 3)
+        # Groups stay an axis of their own: with them flattened the view would become a copy.
+        query = query.unflatten(-1, (heads, dim))
         if rest is not None:
             clean_key, clean_value = rest.unflatten(-1, (groups, -1)).split((dim, dim), dim=-1)
             key, value = torch.cat((key, clean_key)), torch.cat((value, clean_value))
-        if self.q_layernorm is not None:
-            query = self.q_layernorm(query)
-        if self.k_layernorm is not None:
-            key = self.k_layernorm(key)
-        return query, key, value
+        query = _turn(query, context.rope.rows(query.shape[0]), self.q_layernorm)
+        return query, _turn(key, context.rope, self.k_layernorm), value
+
+
+def _turn(x: Tensor, table: RopeTable, norm: HeadNorm | None) -> Tensor:
+    """Heads turned by their positions, normed before where the shape has that norm."""
+    return rotate_heads(x, table.cos, table.sin) if norm is None else norm(x, table)

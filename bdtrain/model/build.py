@@ -11,6 +11,7 @@ from bdtrain.model.config import build_transformer_config
 from bdtrain.model.gradients import accumulate_in_float32, check_marks, mark_partial_gradients
 from bdtrain.model.init import initialise_parameters
 from bdtrain.model.transformer import TwoStreamTransformer
+from bdtrain_kernels import BackendUnavailableError, check_attention_backend
 
 if TYPE_CHECKING:
     from bdtrain.config import ModelConfig
@@ -47,7 +48,8 @@ def build_model(
         **overrides: further fields of Megatron's TransformerConfig.
 
     Raises:
-        ConfigError: if sizes do not fit, or no vocabulary size is known.
+        ConfigError: if sizes do not fit, no vocabulary size is known, or the attention backend cannot run on
+            the device.
     """
     size = vocab_size or model.vocab_size
     if size is None:
@@ -67,6 +69,12 @@ def build_model(
         recompute=recompute,
         **overrides,
     )
+    try:
+        check_attention_backend(
+            config.block_attention_backend, torch.device(device), head_dim=config.kv_channels, dtype=dtype
+        )
+    except BackendUnavailableError as error:
+        raise ConfigError(f"model.attention_backend: {error}") from None
     built = TwoStreamTransformer(
         config,
         pg_collection=pg_collection,

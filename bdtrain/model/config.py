@@ -113,6 +113,8 @@ def build_transformer_config(
         "add_bias_linear": biased,
         "gated_linear_unit": not biased,
         "activation_func": gelu_tanh if biased else F.silu,
+        # Whatever its name, it lets the MLP take an activation from the layer's spec: ours.
+        "use_te_activation_func": not biased,
         "qk_layernorm": not biased,
         "init_method": leave_unset,
         "output_layer_init_method": leave_unset,

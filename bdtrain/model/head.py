@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bdtrain.errors import ShapeError
 from bdtrain.model.config import BDTransformerConfig, leave_unset
-from bdtrain_kernels import masked_cross_entropy
+from bdtrain_kernels.masked_cross_entropy import masked_cross_entropy, row_statistics
 
 
 class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
-    """Hidden states to logits of this rank's part of the vocabulary, or straight to the nll of tokens.
+    """Hidden states to logits of this rank's part of the vocabulary, or straight to what a loss needs.
 
     Args:
         config: of the model.
@@ -42,38 +42,51 @@ class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
         ids = torch.arange(self.output_size_per_partition) + tp_group.rank() * self.output_size_per_partition
         excluded = (ids == config.mask_id) | (ids >= config.vocab_size)
         self.register_buffer("excluded_columns", excluded, persistent=False)
+        # On the device beforehand: a list would be copied there at each call, and the host would wait.
+        self.register_buffer("excluded_ids", torch.tensor([config.mask_id]), persistent=False)
         self.first_id = int(ids[0])
 
     def forward(
-        self, input_: Tensor, targets: Tensor | None = None, row_weights: Tensor | None = None
-    ) -> Tensor:
-        """Project.
+        self,
+        input_: Tensor,
+        targets: Tensor | None = None,
+        row_weights: Tensor | None = None,
+        values_at: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Project, or answer what a loss asks of the logits without holding those of all rows.
 
         Args:
             input_: normed hidden states, [rows, hidden].
-            targets: token ids, int64 [rows]; only where one rank holds the whole vocabulary.
+            targets: token ids, int64 [rows]: their nll is returned.
             row_weights: what the caller will multiply the nll by, [rows]; see ``ParallelVocabView.nll``.
+            values_at: token ids, int64 [rows, ids]: logsumexp and their logits are returned.
 
         Returns:
-            Local logits [rows, local vocabulary] with -inf at [MASK] and padding, or the nll of ``targets``
-            [rows] in float32, for which the logits of all rows never exist together.
+            Local logits [rows, local vocabulary] with -inf at [MASK] and padding; or the nll of ``targets``
+            [rows]; or (logsumexp [rows], logits at ``values_at`` [rows, ids]). The last two are at least
+            float32 and the same on every rank.
         """
+        of_whole_vocabulary: dict[str, Any] = {
+            "excluded": self.excluded_ids,
+            "vocab_size": self.config.vocab_size,
+            "group": self.tp_group,
+        }
         if targets is not None:
             return masked_cross_entropy(
-                input_,
-                self.weight,
-                self.bias,
-                targets,
-                excluded=[self.config.mask_id],
-                vocab_size=self.config.vocab_size,
-                row_weights=row_weights,
+                input_, self.weight, self.bias, targets, row_weights=row_weights, **of_whole_vocabulary
             )
+        if values_at is not None:
+            return row_statistics(input_, self.weight, self.bias, values_at, **of_whole_vocabulary)
         logits, _ = super().forward(input_)
         return logits.masked_fill(self.excluded_columns, float("-inf"))
 
 
 class ParallelVocabView:
     """The objectives' VocabView over the ranks that share the vocabulary; computes what is asked for.
+
+    The logits of all rows exist once ``logits``, ``maximum`` or ``sum_over_vocab`` has been asked for, and
+    everything is read from them from then on. ``nll``, ``statistics``, ``logsumexp`` and ``values_at`` alone
+    make those of a few rows at a time.
 
     [MASK] and the padding columns are at -inf. Values returned are the same on every tensor-parallel rank,
     except ``logits``, which is the rank's own shard.
@@ -112,27 +125,41 @@ class ParallelVocabView:
         Args:
             ids: token ids, int64 [rows]; neither [MASK] nor padding.
             row_weights: what the caller will multiply the rows by before summing, [rows], up to one common
-                factor. It changes no value; where one rank holds the vocabulary it saves computing the head
-                again in the backward pass.
+                factor. It changes no value; it saves computing the head again in the backward pass.
         """
         self._check(ids)
-        if self._group.size() == 1 and self._local is None:
-            return self._head(self._hidden, ids, row_weights)
+        if self._local is None:
+            nll: Tensor = self._head(self._hidden, ids, row_weights)
+            return nll
         return self.logsumexp() - self.values_at(ids)
+
+    def statistics(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Log of the sum of exp over the vocabulary [rows], and some logits of each row [rows, ids].
+
+        One pass over the vocabulary for both, and a second one in backward.
+
+        Args:
+            ids: token ids, int64 [rows, ids], not padding; the logit of [MASK] is -inf.
+        """
+        if ids.dim() != 2 or ids.shape[0] != self.num_rows:
+            raise ShapeError(
+                f"ids has shape {tuple(ids.shape)}; the view holds {self.num_rows} rows, "
+                f"so [{self.num_rows}, ids]"
+            )
+        if self._local is None:
+            answer: tuple[Tensor, Tensor] = self._head(self._hidden, values_at=ids)
+            return answer
+        return self._logsumexp_of_logits(), self._values_of_logits(ids)
 
     def logsumexp(self) -> Tensor:
         """Log of the sum of exp over the vocabulary, [rows]."""
-        peak = self.maximum()
-        return peak + self.sum_over_vocab((self.logits() - peak.unsqueeze(-1)).exp()).log()
+        none = torch.empty(self.num_rows, 0, dtype=torch.int64, device=self._hidden.device)
+        return self.statistics(none)[0]
 
     def values_at(self, ids: Tensor) -> Tensor:
-        """Logit of one token per row, [rows]."""
+        """Logit of one token per row, [rows]; ask ``statistics`` where the logsumexp is needed too."""
         self._check(ids)
-        local = self.logits()
-        index = ids - self._head.first_id
-        mine = (index >= 0) & (index < local.shape[-1])
-        value = local.gather(-1, index.clamp(0, local.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-        return self._reduce(torch.where(mine, value, torch.zeros_like(value)))
+        return self.statistics(ids.unsqueeze(1))[1].squeeze(1)
 
     def maximum(self) -> Tensor:
         """Largest logit, [rows]; carries no gradient (it only ever shifts exponents)."""
@@ -149,6 +176,17 @@ class ParallelVocabView:
             [rows].
         """
         return self._reduce(x.sum(dim=-1))
+
+    def _logsumexp_of_logits(self) -> Tensor:
+        peak = self.maximum()
+        return peak + self.sum_over_vocab((self.logits() - peak.unsqueeze(-1)).exp()).log()
+
+    def _values_of_logits(self, ids: Tensor) -> Tensor:
+        local = self.logits()
+        index = ids - self._head.first_id
+        mine = (index >= 0) & (index < local.shape[-1])
+        value = local.gather(-1, index.clamp(0, local.shape[-1] - 1))
+        return self._reduce(torch.where(mine, value, torch.zeros_like(value)))
 
     @property
     def _group(self) -> Any:

@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdtrain.model.attention import (
     AttentionContext,
@@ -22,7 +22,8 @@ from bdtrain.model.attention import (
     UnbiasedRowParallelLinear,
 )
 from bdtrain.model.config import BDTransformerConfig
-from bdtrain.model.norm import norm_class
+from bdtrain.model.norm import HeadNorm, norm_class
+from bdtrain_kernels.swiglu import swiglu
 
 
 class MlpInputLinear(ColumnParallelLinear):  # type: ignore[misc]
@@ -47,6 +48,22 @@ class MlpOutputLinear(RowParallelLinear):  # type: ignore[misc]
 
 def _add_bias(output: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output + bias
+
+
+class GatedActivation(nn.Module):
+    """The activation of a gated feed-forward part, as Megatron's MLP takes one that sees both halves.
+
+    Its own form keeps silu(gate) and a copy of the other half besides; its fused one is compiled at the first
+    step, for every shape.
+    """
+
+    def __init__(self, config: BDTransformerConfig) -> None:
+        """See the class."""
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, batch, 2 local ffn] -> [rows, batch, local ffn]."""
+        return swiglu(x)
 
 
 class TwoStreamLayer(TransformerLayer):  # type: ignore[misc]
@@ -90,7 +107,7 @@ class TwoStreamLayer(TransformerLayer):  # type: ignore[misc]
 def layer_spec(config: BDTransformerConfig) -> ModuleSpec:
     """What a layer of the configured shape is made of."""
     norm = norm_class(config)
-    head_norm = norm if config.qk_layernorm else None
+    head_norm = HeadNorm if config.qk_layernorm else None
     return ModuleSpec(
         module=TwoStreamLayer,
         submodules=TransformerLayerSubmodules(
@@ -110,7 +127,11 @@ def layer_spec(config: BDTransformerConfig) -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=MlpInputLinear, linear_fc2=MlpOutputLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=MlpInputLinear,
+                    linear_fc2=MlpOutputLinear,
+                    activation_func=GatedActivation if config.gated_linear_unit else None,
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

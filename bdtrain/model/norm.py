@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdtrain.model.config import BDTransformerConfig
+from bdtrain.model.rope import RopeTable
+from bdtrain_kernels.rms_norm import rms_norm
+from bdtrain_kernels.rotary import rotate_heads
 
 
 class RMSNorm(nn.Module):
@@ -25,10 +26,28 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden]."""
-        if x.is_cpu and x.dtype in (torch.float32, torch.float64):
-            normed: Tensor = _CpuRMSNorm.apply(x, self.weight, self.eps)
-            return normed
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of queries or keys over head_dim, and their rotation, in one pass.
+
+    Here and not in attention, because ZeRO stage 3 gathers a weight around the forward pass of its own module
+    only.
+    """
+
+    def forward(self, x: Tensor, table: RopeTable) -> Tensor:  # type: ignore[override]
+        """Normalise and turn heads.
+
+        Args:
+            x: [seq, batch, heads, head_dim] or [seq, batch, groups, heads per group, head_dim], any strides.
+            table: angles of the same rows.
+
+        Returns:
+            [seq, batch, heads, head_dim]; in memory the axes lie as [batch, heads, seq, head_dim], the order
+            attention reads.
+        """
+        return rotate_heads(x, table.cos, table.sin, self.weight, eps=self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -50,26 +69,6 @@ class LayerNorm(nn.Module):
             wide = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), self.eps)
             return wide.to(x.dtype)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-
-
-class _CpuRMSNorm(torch.autograd.Function):
-    """The same in few passes: torch has no fused form for CPUs and takes twice as many kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        product = normed * grad
-        grad_weight = product.flatten(0, -2).sum(0)
-        mean = (product @ weight).unsqueeze(-1).div_(-x.shape[-1])
-        return (grad * weight).addcmul_(normed, mean).mul_(scale), grad_weight, None
 
 
 def norm_class(config: BDTransformerConfig) -> type[RMSNorm] | type[LayerNorm]:

@@ -204,7 +204,14 @@ class TwoStreamTransformer(MegatronModule):  # type: ignore[misc]
         positions = torch.arange(seq, device=layout.block_start.device).repeat(noisy_copies + int(clean))
         backend = self.config.block_attention_backend
         return StreamContext(
-            layout=prepare(layout, noisy_copies=noisy_copies, clean=clean, backend=backend),
+            layout=prepare(
+                layout,
+                noisy_copies=noisy_copies,
+                clean=clean,
+                backend=backend,
+                head_dim=self.config.kv_channels,
+                dtype=self.config.params_dtype,
+            ),
             rope=self.rope_table(positions),
             seq=seq,
             noisy_copies=noisy_copies,

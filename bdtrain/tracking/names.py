@@ -85,6 +85,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "fault/checkpoints_failed": Metric(
             "checkpoints", "checkpoints so far that could not be written", False
         ),
+        "fault/profiles_failed": Metric(
+            "profiles", "profiles of this attempt that could not be written (with profile.steps)", False
+        ),
         "fault/restarts": Metric("restarts", "times the run was started again", False),
         "ckpt/bytes": Metric("bytes", "size of the checkpoint", False),
         "ckpt/seconds": Metric("s", "wall time from the start of a save to its commit", False),
@@ -97,6 +100,7 @@ EVENTS: Mapping[str, str] = MappingProxyType(
         "start": "an attempt begins; step is the one it resumes from, 0 for a new run",
         "checkpoint": "a checkpoint was committed",
         "checkpoint_failed": "a checkpoint could not be written; training went on",
+        "profile_failed": "a profile could not be written; training went on",
         "rejected_checkpoint": "a checkpoint was found damaged when the run resumed, and passed over",
         "skipped": "a step was not finite and changed nothing",
         "stop": "an attempt ended on request and can be resumed",

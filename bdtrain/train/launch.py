@@ -38,6 +38,7 @@ from bdtrain.train.folder import (
     write_json,
 )
 from bdtrain.train.loop import RunSummary, Stopped, Trainer
+from bdtrain.train.profiling import StepProfiler, check_ranks
 from bdtrain.train.progress import Progress
 from bdtrain.train.run_lock import RunLock
 from bdtrain.train.setup import Parts, build_parts, prepare_machine
@@ -72,6 +73,7 @@ def train_from_config(
     Raises:
         BdtrainError: whatever stops the run, before any work is lost where that is possible.
     """
+    check_ranks(config, layout.world_size)
     faults = Faults.from_environment(environment, launch.rank)
     folder = Path(config.run.folder)
     lock = RunLock(folder, tell=console.line)
@@ -151,6 +153,18 @@ def start_attempt(
         if config.tracking.mlflow:
             shipper = start_shipper(config, folder)
             console.line(f"MLflow: {shipper.address}, run {run_name(config)}")
+    profiler = StepProfiler(
+        config,
+        device=parts.device,
+        folder=folder.path,
+        attempt=folder.attempt,
+        communicator=communicator,
+        console=console,
+        metrics=metrics,
+        transformer=parts.engine.module.config,
+        first_step=progress.step + 1,
+    )
+    stack.callback(profiler.close)
     return Trainer(
         config,
         layout,
@@ -162,6 +176,7 @@ def start_attempt(
         goodput=goodput,
         stop=stop,
         faults=faults,
+        profiler=profiler,
     )
 
 

@@ -24,6 +24,7 @@ from bdtrain.tracking.run_files import SAMPLES_FILE, WEIGHTS
 from bdtrain.train.faults import Faults, FaultyDisk
 from bdtrain.train.folder import RunFolder, on_first_rank
 from bdtrain.train.optim import learning_rate
+from bdtrain.train.profiling import StepProfiler, part
 from bdtrain.train.progress import Progress, Window
 from bdtrain.train.setup import Parts
 from bdtrain.train.signals import StopRequest
@@ -95,6 +96,7 @@ class Trainer:
         goodput: the clock.
         stop: asks for an early end.
         faults: of this rank.
+        profiler: traces the steps that were asked for.
     """
 
     def __init__(
@@ -110,10 +112,11 @@ class Trainer:
         goodput: Goodput,
         stop: StopRequest,
         faults: Faults,
+        profiler: StepProfiler,
     ) -> None:
         self.config, self.layout, self.parts, self.folder = config, layout, parts, folder
         self.progress, self.metrics, self.shipper = progress, metrics, shipper
-        self.goodput, self.stop, self.faults = goodput, stop, faults
+        self.goodput, self.stop, self.faults, self.profiler = goodput, stop, faults, profiler
         self.console = parts.console
         self.engine, self.loader = parts.engine, parts.loader
         self.saved: SavedCheckpoint | None = None
@@ -138,7 +141,8 @@ class Trainer:
             # At the top, so that a run which was ended between save and validation makes up for it.
             if every and progress.step % every == 0 and progress.validated < progress.step:
                 self.validate()
-            result, lr = self.one_step()
+            with self.profiler.step(progress.step + 1):
+                result, lr = self.one_step()
             done = progress.step
             if done % config.train.log_every_steps == 0 or done == steps:
                 self.report(lr)
@@ -146,6 +150,7 @@ class Trainer:
                 break
             if result.stop:
                 return self.leave()
+            self.profiler.finish_if_over()
             # Before validation, which may take longer than a launcher waits with its kill.
             if save_every and done % save_every == 0:
                 self.save_or_go_on()
@@ -177,11 +182,11 @@ class Trainer:
         number = progress.step + 1
         lr = self.learning_rate()
         clock = time.monotonic()
-        with self.goodput.during("data_wait"):
+        with self.goodput.during("data_wait"), part("data wait"):
             self.faults.at("data", number)
             batch: Batch = self.loader.batch(progress.samples)
         waited = time.monotonic() - clock
-        with self.goodput.during("training"):
+        with self.goodput.during("training"), part("train step"):
             result = train_step(
                 self.engine,
                 self.parts.objective,
@@ -271,6 +276,8 @@ class Trainer:
             "fault/checkpoints_failed": progress.checkpoints_failed,
             "fault/restarts": self.folder.attempt - 1,
         }
+        if self.config.profile.steps is not None:
+            values["fault/profiles_failed"] = self.profiler.failed
         self.saved_seconds = 0.0
         self.write(values if mfu is None else {**values, "perf/mfu": mfu})
 
@@ -288,6 +295,7 @@ class Trainer:
     def validate(self) -> Likelihood:
         """Likelihood and a sample, with the averaged weights where there are any. Every rank takes part."""
         step = self.progress.step
+        self.profiler.finish()
         self.progress.validated = step
         self.faults.at("validate", step)
         with self.goodput.during("validation"), self.engine.averaged_weights() as averaged:
@@ -368,6 +376,7 @@ class Trainer:
             CheckpointError: after ``MAX_FAILED_CHECKPOINTS`` in a row.
         """
         progress = self.progress
+        self.profiler.finish()
         try:
             self.save()
         except CheckpointError as error:
@@ -397,7 +406,10 @@ class Trainer:
         reasons = [r for r in self.parts.communicator.gather_objects(self.stop.pending) if r is not None]
         reason = reasons[0]
         self.console.line(f"{reason}: saving step {self.progress.step} before leaving")
+        self.profiler.halt()
         saved = self.save()
+        # After the save: a launcher may be waiting with a kill.
+        self.profiler.finish()
         return Stopped(reason=reason, step=self.progress.step, checkpoint=saved.folder)
 
     def state(self) -> dict[str, Any]:

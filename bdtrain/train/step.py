@@ -30,6 +30,7 @@ from bdtrain.diffusion.objectives.base import Objective
 from bdtrain.model.flops import count_pairs
 from bdtrain.model.forward import forward_stage, stream_rows
 from bdtrain.parallel.engine import Engine, run_schedule
+from bdtrain.train.profiling import part
 
 
 @dataclass(frozen=True)
@@ -92,22 +93,30 @@ def train_step(
     """
     # 1. noise
     key = NoiseKey(seed=seed, purpose=Purpose.TRAIN, step=step)
-    micro_batches = [
-        corrupt_rows(
-            objective, rows, key=key, global_batch_size=global_batch_size, copies=noise_copies, device=device
-        )
-        for rows in split_rows(batch, micro_batch_size)
-    ]
+    with part("noise"):
+        micro_batches = [
+            corrupt_rows(
+                objective,
+                rows,
+                key=key,
+                global_batch_size=global_batch_size,
+                copies=noise_copies,
+                device=device,
+            )
+            for rows in split_rows(batch, micro_batch_size)
+        ]
 
     # 2. one count for the whole step
     groups = engine.module.pg_collection
-    counted, masked, pairs, last_pairs, stops = _count(micro_batches, stop, groups)
+    with part("count"):
+        counted, masked, pairs, last_pairs, stops = _count(micro_batches, stop, groups)
     denominator = max(counted * noise_copies, 1)
     # DeepSpeed takes the mean over data-parallel ranks; the factor undoes it.
     scale = math.nan if spoil else groups.dp.size() / denominator
 
     # 3. forward and backward
-    with engine.accumulate() as after_backward:
+    # Megatron marks its part of it, forward-backward; what follows in the range is the reduction.
+    with part("gradients and reduction"), engine.accumulate() as after_backward:
         sums = run_schedule(
             engine.module,
             make_forward_step(objective, scale=scale),
@@ -122,7 +131,8 @@ def train_step(
     dist.all_reduce(loss)
 
     # 4. update
-    outcome = engine.step(lr=lr)
+    with part("update"):
+        outcome = engine.step(lr=lr)
     return StepResult(
         loss=float(loss) / groups.tp.size() / denominator,
         masked_share=masked / denominator,

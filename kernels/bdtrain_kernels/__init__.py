@@ -5,10 +5,19 @@ it, and one public function. Nothing here knows of the training framework: layou
 attributes that ``block_attention`` names.
 """
 
-from bdtrain_kernels.block_attention import PreparedLayout, block_attention, dense_mask, prepare
+from bdtrain_kernels.block_attention import (
+    PreparedLayout,
+    block_attention,
+    check_attention_backend,
+    dense_mask,
+    prepare,
+)
 from bdtrain_kernels.cache_attention import cache_attention
 from bdtrain_kernels.errors import BackendUnavailableError, KernelShapeError
-from bdtrain_kernels.masked_cross_entropy import masked_cross_entropy
+from bdtrain_kernels.masked_cross_entropy import masked_cross_entropy, row_statistics
+from bdtrain_kernels.rms_norm import rms_norm
+from bdtrain_kernels.rotary import rotate_heads
+from bdtrain_kernels.swiglu import swiglu
 
 __all__ = [
     "BackendUnavailableError",
@@ -16,7 +25,12 @@ __all__ = [
     "PreparedLayout",
     "block_attention",
     "cache_attention",
+    "check_attention_backend",
     "dense_mask",
     "masked_cross_entropy",
     "prepare",
+    "rms_norm",
+    "rotate_heads",
+    "row_statistics",
+    "swiglu",
 ]

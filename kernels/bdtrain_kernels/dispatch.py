@@ -7,7 +7,12 @@ one would report wrong speeds.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import os
+
+from torch import device as Device
+from torch.cuda import get_device_capability
 
 from bdtrain_kernels.errors import BackendUnavailableError
 
@@ -52,3 +57,46 @@ def announce(kernel: str, backend: str, reason: str) -> None:
         reason: why: "forced", or what the choice was made from.
     """
     logging.getLogger(LOGGER_NAME).info("%s: backend %s (%s)", kernel, backend, reason)
+
+
+FIRST_CAPABILITY = (8, 0)
+"""Oldest CUDA device that the Triton kernels are compiled for in the tests: Ampere."""
+
+
+def triton_missing(device: Device) -> str:
+    """Why Triton cannot run on tensors of a device.
+
+    Args:
+        device: where the tensors are.
+
+    Returns:
+        "" when it can, else the reason. On a CPU it can only under its interpreter (``TRITON_INTERPRET=1``
+        in the environment before triton is imported), which is for tests: thousands of times slower.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install bdtrain[gpu]"
+    if device.type == "cuda":
+        found = get_device_capability(device)
+        if found >= FIRST_CAPABILITY:
+            return ""
+        return f"the GPU has compute capability {found[0]}.{found[1]}; {FIRST_CAPABILITY[0]}.0 is the oldest"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return f"it needs a CUDA device, the tensors are on {device}"
+
+
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+"""Shared memory that one program may have, KiB, by compute capability (CUDA programming guide)."""
+
+
+def shared_memory_kib(device: Device) -> int:
+    """Shared memory that one program may have on a device.
+
+    Args:
+        device: a CUDA device; a CPU counts as Hopper, so that interpreted kernels have its shapes.
+
+    Returns:
+        KiB; the least of all known ones for a device that is not in ``SHARED_KIB``.
+    """
+    capability = get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return SHARED_KIB.get(capability, min(SHARED_KIB.values()))

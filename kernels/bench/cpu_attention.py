@@ -79,7 +79,7 @@ CASES = (
     Case(256, copies=2),
     Case(256, copies=4),
     Case(256, kv_heads=2),
-    Case(256, head_dim=64),
+    *(Case(seq, head_dim=64) for seq in (256, 512, 1024, 2048)),
     Case(300),
     Case(256, block_size=1, copies=0),
     Case(1024, block_size=1, copies=0),
@@ -121,6 +121,7 @@ def methods(case: Case, layout: Layout) -> dict[str, Callable[[Tensor, Tensor, T
         if tile % case.block_size == 0 and tile <= case.seq:
             prepared[f"tree {tile}"] = prepare(layout, **streams, backend="tree", tile=tile)
     prepared["tree"] = prepare(layout, **streams, backend="tree")
+    prepared["flash"] = prepare(layout, **streams, backend="flash")
     prepared["auto"] = prepare(layout, **streams)
     for name, ready in prepared.items():
         name = f"auto: {ready.backend}" if name == "auto" else name

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where the Triton kernels are tested: on a CPU they run under their interpreter."""
+
+DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE.type == "cuda" else ()))
+"""Types that Triton is right in: its interpreter multiplies bfloat16 as integers."""
+
 
 @dataclass(frozen=True)
 class HandLayout:
@@ -104,7 +110,14 @@ def inputs(
     return q, k, v, grad
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; a gradient that must be 0 is measured as it is."""
-    size = expected.norm().item()
-    return (found.double() - expected).norm().item() / (size if size > 1e-6 else 1.0)
+def relative_error(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """||found - expected|| / ||expected||, NaN if a number is.
+
+    Args:
+        found: any float type, on any device.
+        expected: float64.
+        least: size to measure by where ``expected`` is smaller: a gradient that must be 0 (a row that sees
+            one key) is a difference of numbers of that size.
+    """
+    size = max(expected.norm().item(), least)
+    return (found.to(expected.device).double() - expected).norm().item() / (size if size > 1e-6 else 1.0)

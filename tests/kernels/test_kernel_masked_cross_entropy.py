@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bdtrain_kernels import KernelShapeError, masked_cross_entropy
-from bdtrain_kernels.masked_cross_entropy import reference_cross_entropy
+from bdtrain_kernels import BackendUnavailableError, KernelShapeError, masked_cross_entropy
+from bdtrain_kernels.masked_cross_entropy import reference_cross_entropy, reference_statistics, row_statistics
 
 VOCAB, PADDED, HIDDEN, MASK = 37, 48, 12, 4
 
@@ -70,6 +70,82 @@ def test_gradcheck_with_and_without_announced_weights():
             ),
             (hidden, weight, bias),
         )
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("rows,chunk_rows", ((1, 4), (23, 4), (23, 100)))
+@pytest.mark.parametrize("count", (0, 1, 3))
+def test_statistics_and_gradients_equal_the_plain_form(bias, rows, chunk_rows, count):
+    hidden, weight, offset, targets, row_weights = tensors(rows, bias=bias)
+    ids = torch.stack((targets, targets.flip(0), targets), dim=1)[:, :count]  # one is named twice
+    lse, values = row_statistics(
+        hidden, weight, offset, ids, excluded=[MASK], vocab_size=VOCAB, chunk_rows=chunk_rows
+    )
+    kept = torch.tensor([i for i in range(VOCAB) if i != MASK])
+    logits = F.linear(hidden, weight, offset)[:, kept]
+    expected = logits.exp().sum(1).log(), logits.gather(1, ids - 1)
+    reference = reference_statistics(
+        hidden, weight, offset, ids, excluded=torch.tensor([MASK]), vocab_size=VOCAB
+    )
+    outer = torch.randn(count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    leaves = [x for x in (hidden, weight, offset) if x is not None]
+    gradients = []
+    for one, several in ((lse, values), expected, reference):
+        torch.testing.assert_close(one, expected[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(several, expected[1], rtol=1e-12, atol=1e-12)
+        loss = (one * row_weights).sum() + (several * outer * row_weights.unsqueeze(1)).sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for found in gradients[::2]:
+        for a, b in zip(found, gradients[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_statistics_pass_gradcheck_and_the_mask_is_minus_infinity():
+    hidden, weight, bias, targets, _ = tensors(5)
+    ids = torch.stack((targets, targets.roll(1)), dim=1)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: row_statistics(h, w, b, ids, excluded=[MASK], vocab_size=VOCAB, chunk_rows=2),
+        (hidden, weight, bias),
+    )
+    masked = torch.full((5, 1), MASK)
+    _, values = row_statistics(hidden, weight, bias, masked, excluded=[MASK], vocab_size=VOCAB)
+    assert (values == -torch.inf).all()
+    _, values = row_statistics(hidden, weight, bias, masked, excluded=None, vocab_size=VOCAB)
+    torch.testing.assert_close(values[:, 0], F.linear(hidden, weight, bias)[:, MASK])
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
+def test_a_second_backward_pass_gives_the_same_gradients(dtype):
+    """The sums made in forward are scaled in place only where nobody can ask for them again."""
+    hidden, weight, bias, targets, row_weights = tensors(9, dtype)
+    nll = masked_cross_entropy(
+        hidden, weight, bias, targets, excluded=[MASK], vocab_size=VOCAB, row_weights=row_weights
+    )
+    loss = (nll * row_weights).sum() / 7
+    first = torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True)
+    last = torch.autograd.grad(loss, (hidden, weight, bias))
+    for a, b, c in zip(first, second, last, strict=True):
+        assert a.equal(b) and a.equal(c)
+
+
+def test_the_weights_gradient_of_bfloat16_adds_up_in_float32():
+    """600 equal rows in chunks of one: a sum in bfloat16 would stop growing at 256 times one of them."""
+    hidden = torch.ones(600, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight.grad_dtype = torch.float32
+    nll = masked_cross_entropy(
+        hidden,
+        weight,
+        None,
+        torch.zeros(600, dtype=torch.int64),
+        excluded=None,
+        vocab_size=2,
+        row_weights=torch.ones(600),
+        chunk_rows=1,
+    )
+    nll.sum().backward()
+    assert weight.grad.flatten().tolist() == [-300.0, 300.0]  # 600 times 1/2 - 1 and 1/2
 
 
 def test_float32_error_is_that_of_float32():
@@ -141,6 +217,7 @@ def test_memory_is_bounded_by_the_chunk_not_by_the_rows(announced):
             kept.append(x.numel())
             return x
 
+        ids = targets.unsqueeze(1)
         with LargestTensor() as seen, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             nll = masked_cross_entropy(
                 hidden,
@@ -153,6 +230,10 @@ def test_memory_is_bounded_by_the_chunk_not_by_the_rows(announced):
                 chunk_rows=chunk_rows,
             )
             (nll * row_weights).sum().backward()
+            lse, values = row_statistics(
+                hidden, weight, bias, ids, excluded=[MASK], vocab_size=VOCAB, chunk_rows=chunk_rows
+            )
+            (lse * row_weights - values.squeeze(1)).sum().backward()
         largest = max(chunk_rows * PADDED, rows * HIDDEN, PADDED * HIDDEN)
         assert seen.numbers <= largest
         assert max(kept) <= max(rows * HIDDEN, PADDED * HIDDEN)
@@ -167,3 +248,30 @@ def test_arguments_that_do_not_fit_are_refused():
         masked_cross_entropy(hidden, weight, bias, targets, excluded=None, vocab_size=49)
     with pytest.raises(KernelShapeError, match=r"\[rows, hidden\]"):
         masked_cross_entropy(hidden[:, :3], weight, bias, targets, excluded=None, vocab_size=VOCAB)
+    with pytest.raises(KernelShapeError, match="one floating type"):
+        masked_cross_entropy(hidden.float(), weight, bias, targets, excluded=None, vocab_size=VOCAB)
+    with pytest.raises(KernelShapeError, match="ids from -1 to"):
+        masked_cross_entropy(hidden, weight, bias, targets * 0 - 1, excluded=None, vocab_size=VOCAB)
+    with pytest.raises(KernelShapeError, match=r"give \[4, ids\]"):
+        row_statistics(hidden, weight, bias, targets, excluded=None, vocab_size=VOCAB)
+    with pytest.raises(KernelShapeError, match=f"choose from 0 to {VOCAB - 1}"):
+        row_statistics(hidden, weight, bias, targets[:, None] + VOCAB, excluded=None, vocab_size=VOCAB)
+
+
+def test_a_backend_that_is_not_there_is_refused_and_the_choice_is_said(caplog):
+    from bdtrain_kernels.dispatch import announce
+
+    announce.cache_clear()
+    hidden, weight, bias, targets, _ = tensors(4)
+    with pytest.raises(BackendUnavailableError, match="backend='fused' does not exist"):
+        masked_cross_entropy(hidden, weight, bias, targets, excluded=None, vocab_size=VOCAB, backend="fused")
+    with caplog.at_level("INFO", logger="bdtrain_kernels"):
+        for backend in ("auto", "chunked", "auto"):
+            masked_cross_entropy(
+                hidden, weight, bias, targets, excluded=None, vocab_size=VOCAB, backend=backend
+            )
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "masked_cross_entropy: backend chunked (auto: cpu)",
+        "masked_cross_entropy: backend chunked (forced)",
+    ]

@@ -1,10 +1,18 @@
-"""CPU seconds of one training step beside the published code's computation, in one process, in turns.
+"""Seconds of one training step, whole and by part.
 
-Shape: batch 4, 256 tokens, hidden 256, 6 layers, 8 heads, vocabulary 8192, block size 16, fp32, forward +
-backward of the loss, no optimizer. The twin (``reference_twin.py``) is held against golden vectors of the
-published code by a test. Ours is the same network with its constant noise conditioning folded into the
-weights, as a loaded checkpoint has it. Noise drawing is inside the time on our side; the twin gets its noise
-for nothing.
+    tools/bench/train_step.py                              against the published computation
+    tools/bench/train_step.py --seq 1024 --backend dense   ... and against our dense attention
+    tools/bench/train_step.py --device cuda                presets small and 1b on a GPU
+    tools/bench/train_step.py --tiny                       the same code on a CPU, to try it
+
+The first two: CPU seconds, all sides in turns in one process. Shape: batch 4, hidden 256, 6 layers, 8 heads,
+vocabulary 8192, block size 16, fp32, forward + backward of the loss, no optimizer. The twin
+(``reference_twin.py``) is held against golden vectors of the published code by a test. Ours is the same
+network with its constant noise conditioning folded into the weights, as a loaded checkpoint has it. Noise
+drawing is inside the time on our side; the twin gets its noise for nothing.
+
+The last two: whole steps with the optimizer against the same model with FlexAttention and the loss over full
+rows, in turns (``model_step.py``).
 """
 
 from __future__ import annotations
@@ -15,81 +23,125 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-BATCH, SEQ, HIDDEN, LAYERS, HEADS, VOCAB, BLOCK, COND = 4, 256, 256, 6, 8, 8192, 16, 128
+BATCH, HIDDEN, LAYERS, HEADS, VOCAB, BLOCK, COND = 4, 256, 6, 8, 8192, 16, 128
 
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument(
-        "--steps", type=int, default=7, help="timed steps of each side (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=2, help="threads of the arithmetic (default: %(default)s)"
-    )
-    options = parser.parse_args()
+    options = parse_options()
     # Waiting threads must sleep: on a shared machine they would be counted as work.
     if os.environ.get("OMP_WAIT_POLICY") != "passive":
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
-    import torch
-
     from bdtrain.parallel.libraries import prepare_libraries
 
     prepare_libraries()
+    import torch
+
     from bdtrain.testing import single_process_groups
+    from tools.bench.bench_meters import DeviceMissingError, find_device
 
     torch.set_num_threads(options.threads)
+    try:
+        device = find_device(options.device)
+    except DeviceMissingError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    presets = device.type == "cuda" or options.tiny
     with single_process_groups() as groups:
-        result = measure(groups, options.steps)
+        result = measure_presets(groups, options, device) if presets else measure(groups, options)
     result["threads"] = options.threads
     result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    result["machine"] = platform.processor() or platform.machine()
-    report(result)
+    result["machine"] = (
+        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    print(describe_presets(result) if presets else report(result))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def measure(groups: Any, steps: int) -> dict[str, Any]:
-    """Time whole steps and parts, each in turns."""
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each side (default: 7)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    on_cpu = parser.add_argument_group("against the published computation")
+    on_cpu.add_argument("--threads", type=int, default=2, help="threads of the arithmetic (default: 2)")
+    on_cpu.add_argument("--seq", type=int, default=256, help="tokens per row (default: 256)")
+    on_cpu.add_argument(
+        "--backend",
+        nargs="+",
+        choices=("dense", "tree", "triton", "flex", "flash"),
+        default=[],
+        help="time our step with these attention backends, too",
+    )
+    presets = parser.add_argument_group("presets")
+    presets.add_argument(
+        "--preset", nargs="+", choices=("small", "1b"), default=["small", "1b"], help="default: both"
+    )
+    presets.add_argument("--tiny", action="store_true", help="a tiny preset in place of them, on any device")
+    presets.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="roof of the utilisation (default: a matrix product of the same run)",
+    )
+    presets.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: by the device")
+    presets.add_argument("--documents", type=int, default=1, help="documents of a row (default: 1)")
+    options = parser.parse_args(arguments)
+    if options.seq % BLOCK:
+        parser.error(f"--seq {options.seq}: choose a multiple of {BLOCK}, the tokens of a block")
+    if options.steps < 1 or options.documents < 1:
+        parser.error("--steps and --documents must be at least 1")
+    return options
+
+
+def measure(groups: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Time whole steps and parts on a CPU, each in turns."""
     import torch
 
+    from tools.bench.bench_meters import in_turns
     from tools.bench.reference_twin import ReferenceTwin
 
+    seq, steps, cpu = options.seq, options.steps, torch.device("cpu")
     torch.manual_seed(0)
-    x0 = torch.randint(6, VOCAB - 1, (BATCH, SEQ))
+    x0 = torch.randint(6, VOCAB - 1, (BATCH, seq))
     ours = OurStep(groups, x0)
     twin = ReferenceTwin(vocab=VOCAB, dim=HIDDEN, layers=LAYERS, heads=HEADS, cond=COND, block_size=BLOCK)
-    t = torch.rand(BATCH, SEQ // BLOCK).clamp(min=1e-3).repeat_interleave(BLOCK, dim=1)
-    xt = torch.where(torch.rand(BATCH, SEQ) < t, VOCAB - 1, x0)
+    t = torch.rand(BATCH, seq // BLOCK).clamp(min=1e-3).repeat_interleave(BLOCK, dim=1)
+    xt = torch.where(torch.rand(BATCH, seq) < t, VOCAB - 1, x0)
 
     def twin_step() -> None:
         twin.loss(x0, xt, t).backward()
         twin.zero_grad(set_to_none=True)
 
-    whole = in_turns({"ours": ours.step, "twin": twin_step}, steps)
-    copies = in_turns({str(c): lambda c=c: ours.step(copies=c) for c in (1, 2, 4)}, max(steps // 2, 3))
-    parts = in_turns(ours.parts(), max(steps // 2, 3))
-    seconds, twin_seconds = statistics.median(whole["ours"]), statistics.median(whole["twin"])
-    per_token = {c: statistics.median(v) / (BATCH * SEQ * int(c)) for c, v in copies.items()}
+    sides: dict[str, Callable[[], object]] = {"ours": ours.step, "twin": twin_step}
+    sides |= {f"ours, {name}": partial(ours.step, backend=name) for name in options.backend}
+    few = max(steps // 2, 3)
+    whole = in_turns(sides, steps, cpu)
+    copies = in_turns({str(c): partial(ours.step, copies=c) for c in (1, 2, 4)}, few, cpu)
+    parts = in_turns(ours.parts(), few, cpu)
+    medians = {side: statistics.median(values) for side, values in whole.items()}
+    per_token = {c: statistics.median(v) / (BATCH * seq * int(c)) for c, v in copies.items()}
     return {
-        "cpu_seconds_per_step": seconds,
-        "twin_cpu_seconds_per_step": twin_seconds,
-        "ratio": twin_seconds / seconds,
+        "seq": seq,
+        "cpu_seconds_per_step": medians["ours"],
+        "twin_cpu_seconds_per_step": medians["twin"],
+        "ratio": medians["twin"] / medians["ours"],
+        "ratios": {side: value / medians["ours"] for side, value in medians.items() if side != "ours"},
         "parameters": ours.parameters,
         "twin_parameters": sum(p.numel() for p in twin.parameters()),
         "parts": {name: statistics.median(values) for name, values in parts.items()},
@@ -98,10 +150,11 @@ def measure(groups: Any, steps: int) -> dict[str, Any]:
                 "cpu_seconds_per_step": statistics.median(copies[c]),
                 "cpu_microseconds_per_noisy_token": 1e6 * per_token[c],
                 "relative": per_token[c] / per_token["1"],
+                "raw": copies[c],
             }
             for c in copies
         },
-        "raw": {"ours": whole["ours"], "twin": whole["twin"]},
+        "raw": whole,
     }
 
 
@@ -116,7 +169,7 @@ class OurStep:
         from bdtrain.diffusion.plan import NoisePlan
         from bdtrain.model.build import build_model
 
-        self.torch, self.x0 = torch, x0
+        self.torch, self.x0, self.seq = torch, x0, x0.shape[1]
         self.mask_id = VOCAB - 1
         shape = ModelConfig(
             shape="bd3lm",
@@ -135,11 +188,11 @@ class OurStep:
             plan=plan,
             mask_id=self.mask_id,
             vocab_size=VOCAB,
-            seq_len=SEQ,
+            seq_len=self.seq,
             isolate_documents=False,
         )
-        self.documents = torch.zeros(BATCH, SEQ, dtype=torch.int32)
-        self.counted = torch.ones(BATCH, SEQ, dtype=torch.bool)
+        self.documents = torch.zeros(BATCH, self.seq, dtype=torch.int32)
+        self.counted = torch.ones(BATCH, self.seq, dtype=torch.bool)
         self.index = torch.arange(BATCH)
         self.draws = 0
 
@@ -162,13 +215,15 @@ class OurStep:
         )
         return MicroBatch(layout=layout, corrupted=corrupted)
 
-    def step(self, copies: int = 1) -> None:
+    def step(self, copies: int = 1, backend: str = "auto") -> None:
         """Noise, forward, loss, backward."""
         from bdtrain.model.forward import forward_losses
+        from tools.bench.training_passes import attention_backend
 
-        micro_batch = self.corrupt(copies)
-        losses = forward_losses(self.model, self.objective, micro_batch)
-        (losses.sum() / (copies * BATCH * SEQ)).backward()
+        with attention_backend(self.model, backend):
+            micro_batch = self.corrupt(copies)
+            losses = forward_losses(self.model, self.objective, micro_batch)
+            (losses.sum() / (copies * BATCH * self.seq)).backward()
         self.model.zero_grad(set_to_none=True)
 
     def parts(self) -> dict[str, Callable[[], None]]:
@@ -176,12 +231,12 @@ class OurStep:
         from bdtrain.model.transformer import assemble_streams
         from bdtrain_kernels import block_attention, prepare
 
-        torch = self.torch
+        torch, seq = self.torch, self.seq
         fixed = self.corrupt()
         corrupted, layout = fixed.corrupted, fixed.layout
-        heads_shape = (BATCH, HEADS, 2 * SEQ, HIDDEN // HEADS)
+        heads_shape = (BATCH, HEADS, 2 * seq, HIDDEN // HEADS)
         q, k, v = (torch.randn(heads_shape, requires_grad=True) for _ in range(3))
-        hidden = torch.randn(SEQ, BATCH, HIDDEN, requires_grad=True)
+        hidden = torch.randn(seq, BATCH, HIDDEN, requires_grad=True)
         rows = corrupted.rows.flatten(1)
 
         def layers() -> None:
@@ -193,7 +248,7 @@ class OurStep:
             prepared = prepare(layout, noisy_copies=1, clean=True, backend="auto")
             for number in range(LAYERS):
                 last = number == LAYERS - 1
-                queries = q[:, :, :SEQ] if last else q
+                queries = q[:, :, :seq] if last else q
                 out = block_attention(
                     queries, k, v, prepared, noisy_copies=1, clean=True, queries="noisy" if last else "all"
                 )
@@ -214,37 +269,112 @@ class OurStep:
         }
 
 
-def in_turns(sides: dict[str, Callable[[], None]], steps: int) -> dict[str, list[float]]:
-    """CPU seconds of each side, A B A B ..., after two rounds that are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(steps + 2):
-        for name, run in sides.items():
-            started = time.process_time()
-            run()
-            if number >= 2:
-                seconds[name].append(time.process_time() - started)
-    return seconds
+def report(result: dict[str, Any]) -> str:
+    """The comparison on a CPU as text."""
+    from tools.bench.bench_meters import describe_spread
 
-
-def report(result: dict[str, Any]) -> None:
-    """Print a table."""
-    print(
-        f"CPU seconds per step (forward + backward), {result['threads']} threads, "
-        f"medians of {len(result['raw']['ours'])}"
-    )
-    spread = {side: f"{min(v):.3f} to {max(v):.3f}" for side, v in result["raw"].items()}
-    print(f"  published computation   {result['twin_cpu_seconds_per_step']:.3f}   ({spread['twin']})")
-    print(f"  bdtrain                 {result['cpu_seconds_per_step']:.3f}   ({spread['ours']})")
-    print(f"  ratio                   {result['ratio']:.2f}")
-    print("parts, forward + backward of each alone:")
-    for name, value in result["parts"].items():
-        print(f"  {name:<24}{value:.3f}")
-    print("noise copies over one clean stream:")
+    raw = result["raw"]
+    lines = [
+        f"CPU seconds per step (forward + backward), {result['threads']} threads, {result['seq']} tokens per "
+        f"row, medians of {len(raw['ours'])} (least to most)",
+        f"  {'bdtrain':<24}{describe_spread(raw['ours'])}",
+    ]
+    for side, ratio in result["ratios"].items():
+        name = "published computation" if side == "twin" else side.replace("ours", "bdtrain")
+        lines.append(f"  {name:<24}{describe_spread(raw[side])}   {ratio:.2f} times as long")
+    lines.append("parts, forward + backward of each alone:")
+    lines += [f"  {name:<24}{value:.3f}" for name, value in result["parts"].items()]
+    lines.append("noise copies over one clean stream:")
     for copies, facts in result["noise_copies"].items():
-        print(
+        lines.append(
             f"  {copies}: {facts['cpu_seconds_per_step']:.3f} s per step, "
             f"{facts['cpu_microseconds_per_noisy_token']:.0f} us per noisy token ({facts['relative']:.2f})"
         )
+    return "\n".join(lines)
+
+
+def measure_presets(groups: Any, options: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """Whole steps of presets."""
+    import torch
+
+    from tools.bench import model_step
+
+    name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = getattr(torch, name)
+    peak = options.peak_tflops or model_step.measure_peak_tflops(device, dtype)
+    presets = [
+        model_step.measure_preset(
+            groups, preset, device=device, dtype=dtype, steps=options.steps, documents=options.documents
+        )
+        for preset in (["tiny"] if options.tiny else options.preset)
+    ]
+    return {
+        "device": device.type,
+        "dtype": name,
+        "peak_tflops": peak,
+        "peak_measured": options.peak_tflops is None,
+        "presets": presets,
+    }
+
+
+def describe_presets(result: dict[str, Any]) -> str:
+    """Markdown of whole steps."""
+    measured = "measured: a square matrix product" if result["peak_measured"] else "given"
+    lines = [
+        f"{result['machine']}, torch {result['versions']['torch']}, {result['dtype']}, "
+        f"roof {result['peak_tflops']:.3g} TFLOP/s ({measured})."
+    ]
+    for preset in result["presets"]:
+        lines += ["", *_describe_preset(preset, result["peak_tflops"])]
+    return "\n".join(lines)
+
+
+def _describe_preset(preset: dict[str, Any], peak_tflops: float) -> list[str]:
+    from tools.bench.bench_meters import describe_spread
+
+    sides = preset["sides"]
+    lines = [
+        f"**{preset['preset']}** ({preset['config']}): {preset['parameters'] / 1e6:.4g}M parameters, "
+        f"{preset['rows']} rows of {preset['seq']} tokens (the preset has {preset['wanted_rows']}), blocks "
+        f"of {preset['block_size']}, {preset['documents']} documents a row, recompute {preset['recompute']}; "
+        f"losses of the sides differ by {preset['loss_difference']:.0e}.",
+        "",
+        "| side | attention | ms per step | tokens/s | utilisation | peak, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, side in sides.items():
+        utilisation = side["useful_flops"] / side["seconds"] / (peak_tflops * 1e12)
+        lines.append(
+            f"| {name} | {side['backend']} | {describe_spread(side['raw'], factor=1e3, digits=1)} | "
+            f"{side['tokens_per_second']:,.0f} | {utilisation:.1%} | {side['peak_bytes'] / 2**30:.3g} |"
+        )
+    ours, baseline = sides.values()
+    lines += [
+        "",
+        f"The baseline takes {baseline['seconds'] / ours['seconds']:.2f} times as long.",
+        "",
+        "| ms of a step | " + " | ".join(sides) + " |",
+        "|---|" + "---|" * len(sides),
+    ]
+    for part in ours["parts"]:
+        values = " | ".join(f"{side['parts'][part] * 1e3:.1f}" for side in sides.values())
+        lines.append(f"| {part} | {values} |")
+    values = " | ".join(f"{side['attention_alone_seconds'] * 1e3:.1f}" for side in sides.values())
+    lines += [
+        f"| attention of the layers (measured alone, inside the layers' time) | {values} |",
+        "",
+        "| noise copies | ms per step | us per noisy token |",
+        "|---|---|---|",
+    ]
+    for copies, facts in preset["noise_copies"].items():
+        if facts is None:
+            lines.append(f"| {copies} | out of memory | |")
+            continue
+        lines.append(
+            f"| {copies} | {describe_spread(facts['raw'], factor=1e3, digits=1)} | "
+            f"{facts['seconds_per_noisy_token'] * 1e6:.3g} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":

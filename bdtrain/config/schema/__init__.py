@@ -8,6 +8,7 @@ from bdtrain.config.schema.fields import NO_UNIT, Section
 from bdtrain.config.schema.model import ModelConfig
 from bdtrain.config.schema.optim import OptimConfig, ParameterGroup, TrainConfig
 from bdtrain.config.schema.parallel import ParallelConfig
+from bdtrain.config.schema.profile import ProfileConfig
 from bdtrain.config.schema.root import RunConfig
 from bdtrain.config.schema.run import RunSection
 from bdtrain.config.schema.tracking import TrackingConfig
@@ -23,6 +24,7 @@ __all__ = [
     "ParallelConfig",
     "ParameterGroup",
     "PlanConfig",
+    "ProfileConfig",
     "RunConfig",
     "RunSection",
     "Section",

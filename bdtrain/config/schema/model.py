@@ -90,9 +90,11 @@ class ModelConfig(Section):
         "scaled down by the square root of twice num_layers.",
         gt=0,
     )
-    attention_backend: Literal["auto", "dense", "tree"] = setting(
+    attention_backend: Literal["auto", "triton", "tree", "flash", "flex", "dense"] = setting(
         "auto",
         unit=NO_UNIT,
-        description="Attention path. auto picks by device and size; dense is the plain masked form, tree "
-        "skips the pairs that the block mask forbids.",
+        description="Attention path. auto picks by device and size and logs what it took. triton: our fused "
+        "kernels (CUDA). tree: unmasked rectangles (CPU). flash: flash kernels of flash-attn or torch over "
+        "the same rectangles. flex: FlexAttention (CUDA). dense: the plain masked form. One that is forced "
+        "and cannot run is refused.",
     )

@@ -12,6 +12,7 @@ from bdtrain.config.schema.fields import Section
 from bdtrain.config.schema.model import ModelConfig
 from bdtrain.config.schema.optim import OptimConfig, TrainConfig
 from bdtrain.config.schema.parallel import ParallelConfig
+from bdtrain.config.schema.profile import ProfileConfig
 from bdtrain.config.schema.run import RunSection
 from bdtrain.config.schema.tracking import TrackingConfig
 from bdtrain.config.schema.validation import CheckpointConfig, ValidationConfig
@@ -43,6 +44,9 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What is kept.")
     tracking: TrackingConfig = Field(
         default_factory=TrackingConfig, description="Where metrics go besides the run's own files."
+    )
+    profile: ProfileConfig = Field(
+        default_factory=ProfileConfig, description="A trace and a memory snapshot of a few steps."
     )
 
     @model_validator(mode="before")

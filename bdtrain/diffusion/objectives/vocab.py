@@ -49,6 +49,14 @@ class VocabView(Protocol):
         """The logit of one id per row, float32 [rows]; ``ids`` int64 [rows]."""
         ...
 
+    def statistics(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """``logsumexp`` [rows] and the logits of some ids of each row [rows, ids], in one pass for both.
+
+        Args:
+            ids: int64 [rows, ids].
+        """
+        ...
+
     def maximum(self) -> Tensor:
         """Largest logit of each row over the whole vocabulary, float32 [rows]."""
         ...
@@ -111,6 +119,10 @@ class DenseVocabView:
     def values_at(self, ids: Tensor) -> Tensor:
         """The logit of one id per row, [rows]."""
         return self._logits.gather(1, ids[:, None]).squeeze(1)
+
+    def statistics(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Over the vocabulary [rows], and the logits of some ids [rows, ids]."""
+        return self.logsumexp(), self._logits.gather(1, ids)
 
     def maximum(self) -> Tensor:
         """Largest logit of each row, [rows]."""

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bdtrain_kernels.block_attention.cost import dense_cost, tree_cost
-from bdtrain_kernels.block_attention.dense import DenseMasks, build_masks, dense_attention
+from bdtrain_kernels.block_attention.dense import (
+    DenseMasks,
+    build_masks,
+    dense_attention,
+    mask_free,
+)
+from bdtrain_kernels.block_attention.flash import FlashPlan, flash_attention, plan_flash
+from bdtrain_kernels.block_attention.flex import FlexMasks, build_flex_masks, flex_attention
 from bdtrain_kernels.block_attention.reference import Layout, check_streams
+from bdtrain_kernels.block_attention.support import KERNEL, backend_reasons
 from bdtrain_kernels.block_attention.tiling import Tiling, build_tiling
 from bdtrain_kernels.block_attention.tree import tree_attention
 from bdtrain_kernels.dispatch import announce, check_backend
 from bdtrain_kernels.errors import KernelShapeError
 
-KERNEL = "block_attention"
+
+@dataclass(frozen=True)
+class RowVectors:
+    """What the Triton kernels read, and nothing else: no mask exists.
+
+    Attributes:
+        vectors: block_start, block_end, doc_start, doc_end, int32 [batch, seq], contiguous.
+        tile: rows and keys of a tile; None chooses.
+    """
+
+    vectors: tuple[Tensor, Tensor, Tensor, Tensor]
+    tile: int | None
 
 
 @dataclass(frozen=True)
 class PreparedLayout:
-    """A layout with the masks or tiles of one backend; made by ``prepare``, used by every layer of a forward.
+    """A layout with what one backend makes of it; made by ``prepare``, used by every layer of a forward.
 
     Attributes:
         batch: rows of the batch.
@@ -28,8 +48,8 @@ class PreparedLayout:
         noisy_copies: noisy streams it was made for.
         clean: whether it was made for a clean stream.
         backend: the backend that will run.
-        masks: of the dense backend, else None.
-        tiling: of the tree backend, else None.
+        state: what the backend reads: ``DenseMasks``, ``Tiling`` of the tree, ``RowVectors`` of Triton,
+            ``FlashPlan``, ``FlexMasks``.
     """
 
     batch: int
@@ -37,12 +57,18 @@ class PreparedLayout:
     noisy_copies: int
     clean: bool
     backend: str
-    masks: DenseMasks | None
-    tiling: Tiling | None
+    state: DenseMasks | Tiling | RowVectors | FlashPlan | FlexMasks
 
 
 def prepare(
-    layout: Layout, *, noisy_copies: int, clean: bool = True, backend: str = "auto", tile: int | None = None
+    layout: Layout,
+    *,
+    noisy_copies: int,
+    clean: bool = True,
+    backend: str = "auto",
+    tile: int | None = None,
+    head_dim: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreparedLayout:
     """Choose the backend and build its masks or tiles, once for all layers.
 
@@ -50,8 +76,12 @@ def prepare(
         layout: blocks and documents of the batch, on the device of the tensors to come.
         noisy_copies: noisy streams C, 0 or more.
         clean: whether the clean stream follows them.
-        backend: "auto", "dense" (any device) or "tree" (CPU).
-        tile: tokens of a tile of the tree; None chooses.
+        backend: "auto", "triton" (CUDA), "tree" (CPU), "flash" (CUDA and CPU), "flex" (CUDA; on a CPU forward
+            only) or "dense" (any device). "auto" takes Triton on CUDA, where one unmasked or causal call does
+            not do, and on a CPU the cheaper one of tree and dense.
+        tile: tokens of a tile of the tree or of the Triton kernels; None chooses.
+        head_dim: channels of a head, for the choice and for refusals; None when not known yet.
+        dtype: of the tensors to come, likewise.
 
     Returns:
         What ``block_attention`` takes in place of the layout.
@@ -62,48 +92,56 @@ def prepare(
     """
     check_streams(noisy_copies=noisy_copies, clean=clean, queries="all")
     batch, seq = layout.block_start.shape
-    on_cpu = layout.block_start.device.type == "cpu"
-    available = {
-        "dense": "",
-        "tree": "" if on_cpu else f"it runs on a CPU, the layout is on {layout.block_start.device}",
-    }
-    check_backend(KERNEL, backend, available)
+    device = layout.block_start.device
+    reasons = backend_reasons(device, head_dim=head_dim, dtype=dtype)
+    check_backend(KERNEL, backend, reasons)
     tiling: Tiling | None = None
+    reason = "forced"
+    if backend == "auto":
+        backend, tiling, reason = _auto(
+            layout, reasons["triton"], noisy_copies=noisy_copies, clean=clean, tile=tile
+        )
+    announce(KERNEL, backend, reason)
+    state: DenseMasks | Tiling | RowVectors | FlashPlan | FlexMasks
     if backend == "tree":
-        announce(KERNEL, "tree", "forced")
-        tiling = build_tiling(layout, tile)
-    elif backend == "auto":
-        tiling, reason = _auto(layout, on_cpu=on_cpu, noisy_copies=noisy_copies, clean=clean, tile=tile)
-        announce(KERNEL, "dense" if tiling is None else "tree", reason)
+        state = build_tiling(layout, tile) if tiling is None else tiling
+    elif backend == "triton":
+        vectors = (layout.block_start, layout.block_end, layout.doc_start, layout.doc_end)
+        first, second, third, fourth = (vector.contiguous() for vector in vectors)
+        state = RowVectors((first, second, third, fourth), tile)
+    elif backend == "flex":
+        state = build_flex_masks(layout, noisy_copies=noisy_copies, clean=clean)
+    elif backend == "flash":
+        state = plan_flash(layout, noisy_copies=noisy_copies, clean=clean, tile=tile)
     else:
-        announce(KERNEL, "dense", "forced")
-    masks = build_masks(layout, noisy_copies=noisy_copies, clean=clean) if tiling is None else None
+        state = build_masks(layout, noisy_copies=noisy_copies, clean=clean)
     return PreparedLayout(
-        batch=batch,
-        seq=seq,
-        noisy_copies=noisy_copies,
-        clean=clean,
-        backend="dense" if tiling is None else "tree",
-        masks=masks,
-        tiling=tiling,
+        batch=batch, seq=seq, noisy_copies=noisy_copies, clean=clean, backend=backend, state=state
     )
 
 
 def _auto(
-    layout: Layout, *, on_cpu: bool, noisy_copies: int, clean: bool, tile: int | None
-) -> tuple[Tiling | None, str]:
-    """The tiling if the tree is the faster one, and why."""
-    if not on_cpu:
-        return None, f"auto: {layout.block_start.device.type}"
+    layout: Layout, no_triton: str, *, noisy_copies: int, clean: bool, tile: int | None
+) -> tuple[str, Tiling | None, str]:
+    """The backend, the tiling if it is the tree, and why."""
+    device = layout.block_start.device
+    if device.type == "cuda":
+        if mask_free(layout, noisy_copies=noisy_copies, clean=clean):
+            return "dense", None, "auto: CUDA, one fused call without a mask"
+        if no_triton:
+            return "dense", None, f"auto: CUDA, no Triton: {no_triton}"
+        return "triton", None, "auto: CUDA"
+    if device.type != "cpu":
+        return "dense", None, f"auto: {device.type}"
     if not clean or noisy_copies == 0:
-        return None, "auto: one kind of stream"
+        return "dense", None, "auto: one kind of stream"
     try:
         tiling = build_tiling(layout, tile)
     except KernelShapeError:
-        return None, "auto: CPU, blocks that the tree cannot cut"
+        return "dense", None, "auto: CPU, blocks that the tree cannot cut"
     if tree_cost(tiling, noisy_copies) < dense_cost(layout, noisy_copies):
-        return tiling, "auto: CPU, estimated the faster one"
-    return None, "auto: CPU, estimated the faster one"
+        return "tree", tiling, "auto: CPU, estimated the faster one"
+    return "dense", None, "auto: CPU, estimated the faster one"
 
 
 def block_attention(
@@ -135,7 +173,7 @@ def block_attention(
         clean: whether the clean stream follows them.
         queries: "noisy" leaves out the clean rows (the last layer needs their keys and values alone).
         scale: factor of the scores; None is head_dim ** -0.5.
-        backend: "auto", "dense" or "tree"; with a prepared layout "auto" or the backend it was prepared for.
+        backend: as in ``prepare``; with a prepared layout "auto" or the backend it was prepared for.
 
     Returns:
         [batch, heads, rows, head_dim].
@@ -159,17 +197,29 @@ def block_attention(
                 f"backend={backend!r}, noisy_copies={noisy_copies}, clean={clean}; prepare it for this use"
             )
     else:
-        prepared = prepare(layout, noisy_copies=noisy_copies, clean=clean, backend=backend)
-    _check_shapes(q, k, v, prepared, queries)
-    if prepared.tiling is not None:
-        return tree_attention(
-            q, k, v, prepared.tiling, noisy_copies=noisy_copies, clean=clean, queries=queries, scale=scale
+        prepared = prepare(
+            layout,
+            noisy_copies=noisy_copies,
+            clean=clean,
+            backend=backend,
+            head_dim=q.shape[-1],
+            dtype=q.dtype,
         )
-    if prepared.masks is None:  # only a PreparedLayout built by hand
-        raise KernelShapeError("a PreparedLayout without masks and tiles; make it with prepare()")
-    return dense_attention(
-        q, k, v, prepared.masks, noisy_copies=noisy_copies, clean=clean, queries=queries, scale=scale
-    )
+    _check_shapes(q, k, v, prepared, queries)
+    how: dict[str, Any] = {"noisy_copies": noisy_copies, "clean": clean, "queries": queries, "scale": scale}
+    state = prepared.state
+    if isinstance(state, RowVectors):
+        # Only here, so that the package can be imported where triton is not installed.
+        from bdtrain_kernels.block_attention.triton_backend import triton_attention
+
+        return triton_attention(q, k, v, state.vectors, tile=state.tile, **how)
+    if isinstance(state, Tiling):
+        return tree_attention(q, k, v, state, **how)
+    if isinstance(state, FlashPlan):
+        return flash_attention(q, k, v, state, **how)
+    if isinstance(state, FlexMasks):
+        return flex_attention(q, k, v, state, **how)
+    return dense_attention(q, k, v, state, **how)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prepared: PreparedLayout, queries: str) -> None:

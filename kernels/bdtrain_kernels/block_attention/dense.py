@@ -33,6 +33,18 @@ class DenseMasks:
     causal: bool
 
 
+def mask_free(layout: Layout, *, noisy_copies: int, clean: bool) -> bool:
+    """Whether attention is one call without a mask: all keys seen (MDLM), or all before (autoregression).
+
+    Known on the host: nothing is read from the device.
+    """
+    if not layout.single_document or (clean and noisy_copies):
+        return False
+    if clean:
+        return layout.block_size == 1 or layout.block_size >= layout.block_start.shape[1]
+    return layout.block_size >= layout.block_start.shape[1]
+
+
 def build_masks(layout: Layout, *, noisy_copies: int, clean: bool) -> DenseMasks:
     """Masks for ``dense_attention``, without those that the layout makes needless.
 
@@ -109,7 +121,9 @@ def dense_attention(
         [batch, heads, rows, head_dim].
     """
     group = q.shape[1] // k.shape[1]
-    if group > 1:
+    masked = (noisy_copies > 0 and masks.noisy is not None) or (clean and masks.clean is not None)
+    shared = group > 1 and not masked
+    if group > 1 and masked:
         # Repeated here, not by enable_gqa: with a mask that flag leaves only the unfused path on CUDA.
         k = k.repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
@@ -126,7 +140,9 @@ def dense_attention(
             keys = torch.cat((k[:, :, rows], k[:, :, own]), dim=2)
             values = torch.cat((v[:, :, rows], v[:, :, own]), dim=2)
         outputs.append(
-            F.scaled_dot_product_attention(q[:, :, rows], keys, values, attn_mask=masks.noisy, scale=scale)
+            F.scaled_dot_product_attention(
+                q[:, :, rows], keys, values, attn_mask=masks.noisy, scale=scale, enable_gqa=shared
+            )
         )
     if clean and queries == "all":
         outputs.append(
@@ -137,6 +153,7 @@ def dense_attention(
                 attn_mask=masks.clean,
                 is_causal=masks.causal,
                 scale=scale,
+                enable_gqa=shared,
             )
         )
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

@@ -26,7 +26,7 @@ from bdtrain_kernels.block_attention.tiling import Span, Tiling
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """What the pieces of one call have in common.
 
     Attributes:
@@ -51,10 +51,12 @@ class _Case:
 
     @property
     def key_streams(self) -> int:
+        """Streams of keys and values."""
         return self.copies + int(self.clean)
 
     @property
     def row_streams(self) -> int:
+        """Streams that ask."""
         return self.copies + int(self.clean_rows)
 
 
@@ -85,7 +87,7 @@ def tree_attention(
         [batch, heads, rows, head_dim], in the memory order of ``q``. Inputs narrower than float32 are
         computed in float32 and rounded once.
     """
-    case = _Case(
+    case = Case(
         tiling=tiling,
         copies=noisy_copies,
         clean=clean,
@@ -101,7 +103,7 @@ def tree_attention(
 
 class _Tree(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, case: _Case, keep: bool) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, case: Case, keep: bool) -> Tensor:
         # rows [kv_heads, tiles, streams, group, tile, head_dim]
         # keys [streams, kv_heads, tiles, 1, tile, head_dim]
         rows = _pack(q, case, rows=True).mul_(case.scale / LN2)
@@ -109,7 +111,7 @@ class _Tree(torch.autograd.Function):
         out = torch.empty_like(rows)
         lse = rows.new_empty(rows.shape[:-1])
         saved: list[Saved] = []
-        for piece in _pieces(case):
+        for piece in tree_pieces(case):
             run_out, run_lse = piece.rows(out), piece.rows(lse)
             part, part_lse, kept = forward_piece(
                 piece.rows(rows),
@@ -137,7 +139,7 @@ class _Tree(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        case: _Case = ctx.case
+        case: Case = ctx.case
         rows, keys, values, out, lse, *flat = ctx.saved_tensors
         grad_out = _pack(grad, case, rows=True)
         delta = (grad_out * out).sum(dim=-1)
@@ -147,11 +149,11 @@ class _Tree(torch.autograd.Function):
             grad_keys[-1].zero_()
             grad_values[-1].zero_()
         pairs = iter(zip(flat[0::2], flat[1::2], strict=True))
-        for piece, chunks in zip(_pieces(case), ctx.saved_chunks, strict=True):
+        for piece, chunks in zip(tree_pieces(case), ctx.saved_chunks, strict=True):
             into = (
                 piece.rows(grad_rows) if piece.first else None,
-                piece.keys(grad_keys) if isinstance(piece, _OwnTile) else None,
-                piece.keys(grad_values) if isinstance(piece, _OwnTile) else None,
+                piece.keys(grad_keys) if isinstance(piece, OwnTile) else None,
+                piece.keys(grad_values) if isinstance(piece, OwnTile) else None,
             )
             part = backward_piece(
                 piece.rows(grad_out),
@@ -167,7 +169,7 @@ class _Tree(torch.autograd.Function):
             )
             if into[0] is None:
                 piece.add_rows(grad_rows, part[0])
-            if isinstance(piece, _Level):
+            if isinstance(piece, Level):
                 piece.add_keys(grad_keys, part[1])
                 piece.add_keys(grad_values, part[2])
         return (
@@ -179,35 +181,35 @@ class _Tree(torch.autograd.Function):
         )
 
 
-def _pack(x: Tensor, case: _Case, *, rows: bool) -> Tensor:
+def _pack(x: Tensor, case: Case, *, rows: bool) -> Tensor:
     streams = case.row_streams if rows else case.key_streams
     return pack(
         x, case.tiling, kv_heads=case.kv_heads, streams=streams, dtype=case.dtype, stream_first=not rows
     )
 
 
-def _unpack(x: Tensor, case: _Case, order: tuple[int, ...], dtype: torch.dtype, *, rows: bool) -> Tensor:
+def _unpack(x: Tensor, case: Case, order: tuple[int, ...], dtype: torch.dtype, *, rows: bool) -> Tensor:
     return unpack(x, case.tiling, order=order, dtype=dtype, stream_first=not rows)
 
 
-def _pieces(case: _Case) -> list[_OwnTile | _Level]:
+def tree_pieces(case: Case) -> list[OwnTile | Level]:
     """Every rectangle of the call, in the order of the merge."""
     tiling = case.tiling
-    pieces: list[_OwnTile | _Level] = []
+    pieces: list[OwnTile | Level] = []
     # A tile of one block shows its clean keys to clean rows only; otherwise the masks sort it out.
     clean_from = case.copies if tiling.one_block else 0
     if case.clean and clean_from < case.row_streams:
-        pieces.append(_OwnTile(case, clean_from, case.row_streams, key_stream=case.copies, first=True))
+        pieces.append(OwnTile(case, clean_from, case.row_streams, key_stream=case.copies, first=True))
     for copy in range(case.copies):
         first = not case.clean or tiling.one_block
-        pieces.append(_OwnTile(case, copy, copy + 1, key_stream=copy, first=first))
+        pieces.append(OwnTile(case, copy, copy + 1, key_stream=copy, first=first))
     if case.clean:
-        pieces.extend(_Level(case, evens, odds) for evens, odds in tiling.levels)
+        pieces.extend(Level(case, evens, odds) for evens, odds in tiling.levels)
     return pieces
 
 
 @dataclass(frozen=True)
-class _OwnTile:
+class OwnTile:
     """Rows of some streams against the keys of one stream in the same tile.
 
     Attributes:
@@ -218,7 +220,7 @@ class _OwnTile:
         first: nothing has been written to these rows before.
     """
 
-    case: _Case
+    case: Case
     begin: int
     end: int
     key_stream: int
@@ -245,6 +247,10 @@ class _OwnTile:
         """Add to packed rows."""
         self.rows(packed).add_(values)
 
+    def add_keys(self, packed: Tensor, values: Tensor) -> None:
+        """Add to packed keys."""
+        self.keys(packed).add_(values)
+
     def _hide(self, scores: Tensor, heads: int) -> None:
         """Add the mask to scores [heads * tiles, rows, keys], in place."""
         case, tiling = self.case, self.case.tiling
@@ -258,7 +264,7 @@ class _OwnTile:
 
 
 @dataclass(frozen=True)
-class _Level:
+class Level:
     """Rows of all streams in the odd runs against the clean keys of the even runs to their left.
 
     Attributes:
@@ -267,7 +273,7 @@ class _Level:
         odds: runs of the rows.
     """
 
-    case: _Case
+    case: Case
     evens: Span
     odds: Span
 

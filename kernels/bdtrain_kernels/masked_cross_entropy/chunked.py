@@ -1,140 +1,84 @@
-"""Chunked form: logits of a few rows at a time, gradients made while they are there.
-
-The gradient of the hidden rows is linear in each row's incoming gradient, so it is made once with 1 and
-scaled later. The gradients of weight and bias mix rows, so they need the incoming gradients beforehand: the
-caller may announce them (``row_weights``). If what arrives in backward is the announced vector times one
-number, the sums made in forward are scaled by it; otherwise the chunks are computed again. Both give the
-same gradients; the second costs one more product.
-"""
+"""Chunked backend: plain torch, any device; logits become exponentials, then gradients, in one place."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from bdtrain_kernels.masked_cross_entropy.plan import Plan, Summary, accumulation_dtype
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """nll of rows; see ``masked_cross_entropy`` for the arguments, all validated there."""
+class TorchChunks:
+    """See ``Chunks``. A state holds exp(logit - shift) in the accumulation dtype.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        excluded: Tensor | None,
-        row_weights: Tensor | None,
-        vocab_size: int,
-        chunk_rows: int,
-        with_gradient: bool,
-    ) -> Tensor:
-        """Nll [rows], and with ``row_weights`` the gradients of its weighted sum."""
-        rows = hidden.shape[0]
-        nll = torch.empty(rows, dtype=_accumulation_dtype(hidden), device=hidden.device)
-        announced = row_weights if with_gradient else None
-        grads = None if announced is None else _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        for begin in range(0, rows, chunk_rows):
-            chunk = slice(begin, begin + chunk_rows)
-            target = targets[chunk].unsqueeze(1)
-            logits = _logits(hidden[chunk], weight, bias, excluded, vocab_size)
-            shift = logits.amax(dim=-1, keepdim=True)
-            logits.sub_(shift)
-            at_target = logits.gather(1, target)
-            total = logits.exp_().sum(dim=-1, keepdim=True)
-            nll[chunk] = (total.log() - at_target).squeeze(1)
-            if grads is not None and announced is not None:
-                grads.add(chunk, logits.div_(total), target, announced[chunk])
-        ctx.vocab_size, ctx.chunk_rows, ctx.one_pass = vocab_size, chunk_rows, grads is not None
-        if with_gradient:
-            made = (None, None, None) if grads is None else (grads.hidden, grads.weight, grads.bias)
-            ctx.save_for_backward(hidden, weight, bias, targets, excluded, row_weights, *made)
-        return nll
+    Args:
+        plan: of the call.
+        rows: of the call.
+        weight: this rank's part, [padded vocab, hidden].
+        bias: [padded vocab] or None.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden, weight and bias."""
-        hidden, weight, bias, targets, excluded, row_weights, *made = ctx.saved_tensors
-        factor = _common_factor(grad, row_weights) if ctx.one_pass else None
-        if factor is not None:
-            grad_hidden, grad_weight, grad_bias = made
-            scaled_weight = None if grad_weight is None else grad_weight * factor.to(grad_weight.dtype)
-            scaled_bias = None if grad_bias is None else grad_bias * factor.to(grad_bias.dtype)
-        else:
-            grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-            for begin in range(0, hidden.shape[0], ctx.chunk_rows):
-                chunk = slice(begin, begin + ctx.chunk_rows)
-                logits = _logits(hidden[chunk], weight, bias, excluded, ctx.vocab_size)
-                logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
-                logits.div_(logits.sum(dim=-1, keepdim=True))
-                grads.add(chunk, logits, targets[chunk].unsqueeze(1), grad[chunk])
-            grad_hidden, scaled_weight, scaled_bias = grads.hidden, grads.weight, grads.bias
-        return (
-            None if grad_hidden is None else (grad_hidden * grad.unsqueeze(1)).to(hidden.dtype),
-            None if scaled_weight is None else scaled_weight.to(weight.dtype),
-            None if scaled_bias is None else scaled_bias.to(bias.dtype),
-            *([None] * 6),
+    def __init__(self, plan: Plan, rows: int, weight: Tensor, bias: Tensor | None) -> None:
+        """Make room for a chunk: fresh memory for each would cost its first touch each time."""
+        self._plan = plan
+        # A rank that holds padding alone keeps one column of it, hidden like an excluded id.
+        self._width = max(1, plan.columns)
+        self._weight = weight[: self._width]
+        self._bias = None if bias is None else bias[: self._width]
+        self._room = torch.empty(
+            min(plan.chunk_rows, rows), self._width, dtype=accumulation_dtype(weight), device=weight.device
         )
 
+    def summarise(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Summary]:
+        """See ``Chunks``."""
+        logits = self._logits(hidden)
+        index, mine = self._local(ids)
+        values = logits.gather(1, index).masked_fill_(~mine, 0.0)
+        # Finite even where nothing is left to predict on this rank: -inf - -inf is no number.
+        peak = logits.amax(dim=-1).clamp_(min=torch.finfo(logits.dtype).min)
+        total = logits.sub_(peak.unsqueeze(1)).exp_().sum(dim=-1)
+        return logits, Summary(peak, total, values)
 
-class _Gradients:
-    """Sums over chunks, in the accumulation dtype; ``hidden`` is for an incoming gradient of 1 per row."""
+    def again(self, hidden: Tensor, shift: Tensor) -> Tensor:
+        """See ``Chunks``."""
+        return self._logits(hidden).sub_(shift.unsqueeze(1)).exp_()
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]) -> None:
-        dtype = _accumulation_dtype(hidden)
-        self._input, self._weight = hidden, weight
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needed[0] else None
-        self.weight = weight.new_zeros(weight.shape, dtype=dtype) if needed[1] else None
-        self.bias = bias.new_zeros(bias.shape, dtype=dtype) if bias is not None and needed[2] else None
+    def score_gradients(
+        self, state: Tensor, shift: Tensor, factor: Tensor, ids: Tensor, id_factors: Tensor
+    ) -> Tensor:
+        """See ``Chunks``."""
+        index, mine = self._local(ids)
+        if self._plan.excluded is not None:
+            mine &= (ids.unsqueeze(-1) != self._plan.excluded).all(dim=-1)
+        added = id_factors.to(state.dtype) * mine
+        state.mul_(factor.unsqueeze(1))
+        for k in range(ids.shape[1]):  # one at a time: a row may name an id twice, and sums keep their order
+            state.scatter_add_(1, index[:, k : k + 1], added[:, k : k + 1])
+        return state
 
-    def add(self, chunk: slice, probabilities: Tensor, target: Tensor, row_grad: Tensor) -> None:
-        """Add a chunk's share; ``probabilities`` [rows, vocab] are used up, ``target`` is [rows, 1]."""
-        vocab = probabilities.shape[1]
-        # d nll / d logits = probabilities - one-hot
-        probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=probabilities.dtype))
-        if self.bias is not None:
-            self.bias[:vocab].addmv_(probabilities.t(), row_grad.to(probabilities.dtype))
-        score_grad = probabilities.to(self._weight.dtype)
-        if self.hidden is not None:
-            self.hidden[chunk] = score_grad @ self._weight[:vocab]
-        if self.weight is not None:
-            rows = self._input[chunk] * row_grad.to(self._input.dtype).unsqueeze(1)
-            if rows.dtype == self.weight.dtype:
-                self.weight[:vocab].addmm_(score_grad.t(), rows)
-            else:
-                self.weight[:vocab] += score_grad.t() @ rows
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Of the real ids, the excluded ones at -inf, [rows, width]."""
+        logits = self._room[: hidden.shape[0]]
+        if logits.dtype != hidden.dtype:
+            logits.copy_(F.linear(hidden, self._weight, self._bias))
+        elif self._bias is None:
+            torch.mm(hidden, self._weight.t(), out=logits)
+        else:
+            torch.addmm(self._bias, hidden, self._weight.t(), out=logits)
+        if self._plan.columns == 0:
+            return logits.fill_(-torch.inf)
+        if self._plan.excluded is None:
+            return logits
+        if self._plan.group is None:
+            return logits.index_fill_(1, self._plan.excluded, -torch.inf)
+        # Which of them are this rank's is known on the device alone: the others lower nothing.
+        index, mine = self._local(self._plan.excluded.expand(hidden.shape[0], -1))
+        lowered = logits.new_full((), torch.inf).where(~mine, -torch.inf)
+        return logits.scatter_reduce_(1, index, lowered, "amin")
 
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, excluded: Tensor | None, vocab_size: int
-) -> Tensor:
-    """Fresh logits of the real vocabulary, [rows, vocab_size], the excluded ids at -inf."""
-    bias = None if bias is None else bias[:vocab_size]
-    logits = torch.nn.functional.linear(hidden, weight[:vocab_size], bias).to(_accumulation_dtype(hidden))
-    return logits if excluded is None else logits.index_fill_(1, excluded, -torch.inf)
-
-
-def _common_factor(grad: Tensor, announced: Tensor) -> Tensor | None:
-    """The number that ``announced`` must be multiplied with to give ``grad``, None when there is none.
-
-    Waits for the device, once per backward.
-    """
-    if announced.numel() == 0:
-        return grad.new_zeros(())
-    announced = announced.to(grad.dtype)
-    largest = announced.abs().argmax()
-    if not bool(announced[largest]):
-        return grad.new_zeros(()) if not bool(grad.any()) else None
-    factor = grad[largest] / announced[largest]
-    # A caller's (weights * nll).sum() / count rounds each product once or twice.
-    tolerance = 4 * torch.finfo(grad.dtype).eps
-    fits = torch.isclose(grad, announced * factor, rtol=tolerance, atol=0.0).all()
-    return factor if bool(fits) else None
-
-
-def _accumulation_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    def _local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of ids on this rank, and whether they are its own (else the column is any)."""
+        index = ids - self._plan.first_id
+        mine = (index >= 0) & (index < self._plan.columns)
+        return index.clamp(0, self._width - 1), mine

@@ -109,9 +109,9 @@ def test_the_whole_model_keeps_at_most_what_is_estimated() -> None:
 
 # fp32, 2 streams of 64 tokens, micro-batches of 1 row: R = 128 rows. Without a mask and without tp a row of a
 # layer keeps 4 * 64 around the norms, 64 + 2 * 64 of the joint projection, rotated 64 + 64, result and copy
-# 2 * 64, and 5 * 192 of the feed-forward part: 1664 numbers, 2 + 4 + 4 of norms and 4 sums. Masks: 64 * 128 +
+# 2 * 64, and 3 * 192 of the feed-forward part: 1280 numbers, 2 + 4 + 4 of norms and 4 sums. Masks: 64 * 128 +
 # 64 * 64 = 12288.
-ROW, MASKS = 4 * (1664 + 14), 4 * 12288
+ROW, MASKS = 4 * (1280 + 14), 4 * 12288
 LAYER = 128 * ROW + MASKS
 INPUT = 128 * 64 * 4
 
@@ -124,9 +124,9 @@ INPUT = 128 * 64 * 4
         (
             2,
             ("parallel.tp=2", "parallel.sequence_parallel=true"),
-            (1, 4 * (128 * 4 * (1664 // 2 + 2 + 4 + 2) + MASKS)),
+            (1, 4 * (128 * 4 * (1280 // 2 + 2 + 4 + 2) + MASKS)),
         ),
-        (2, ("parallel.tp=2",), (1, 4 * (128 * 4 * (256 + 1408 // 2 + 2 + 4 + 2) + MASKS))),
+        (2, ("parallel.tp=2",), (1, 4 * (128 * 4 * (256 + 1024 // 2 + 2 + 4 + 2) + MASKS))),
         # The first of two stages holds two micro-batches of two layers.
         (2, ("parallel.pp=2",), (2, 2 * 2 * LAYER)),
         # With one micro-batch there is no second one to hold.

@@ -1,7 +1,6 @@
 """The view of the logits: lazy, without [MASK] and padding, equal to the dense computation."""
 
 import math
-import threading
 
 import pytest
 import torch
@@ -34,10 +33,10 @@ def test_every_quantity_equals_the_dense_one(build):
     torch.testing.assert_close(view.sum_over_vocab(p), torch.ones(11, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("form", ["chunked", "chunked with weights", "vocabulary-parallel"])
+@pytest.mark.parametrize("form", ["chunked", "chunked with weights", "from logits"])
 def test_every_way_to_the_nll_has_the_dense_values_and_gradients(build, form):
     model, view, hidden, ids, dense = make_view(build)
-    if form == "vocabulary-parallel":
+    if form == "from logits":
         view.logits()  # once there are logits they are used
     weight = torch.linspace(0.1, 2, 11, dtype=torch.float64)
     row_weights = weight if form == "chunked with weights" else None
@@ -51,6 +50,43 @@ def test_every_way_to_the_nll_has_the_dense_values_and_gradients(build, form):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_statistics_have_the_dense_values_and_gradients(build, from_logits):
+    model, view, hidden, ids, dense = make_view(build)
+    asked = torch.stack((ids, ids.flip(0), ids), dim=1)
+    if from_logits:
+        view.logits()
+    found, wanted = view.statistics(asked), (dense.logsumexp(-1), dense.gather(1, asked))
+    weight = torch.linspace(0.1, 2, 11, dtype=torch.float64)
+    leaves = (hidden, model.output_layer.weight, model.output_layer.bias)
+    gradients = []
+    for lse, values in (found, wanted):
+        loss = (lse * weight).sum() + (values * torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)).sum()
+        gradients.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+    for a, b in zip((*found, *gradients[0]), (*wanted, *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_losses_alone_never_make_the_logits(build, monkeypatch):
+    model, view, _, ids, _ = make_view(build)
+
+    def refuse(*_):
+        raise AssertionError("the logits of all rows were made")
+
+    monkeypatch.setattr(type(model.output_layer).__bases__[0], "forward", refuse)
+    loss = view.nll(ids) + view.nll(ids, torch.ones(11)) + view.logsumexp() - view.values_at(ids)
+    (loss + view.statistics(ids[:, None])[0]).sum().backward()
+    with pytest.raises(AssertionError, match="all rows"):
+        view.logits()
+
+
+def test_the_mask_token_is_never_predicted(build):
+    _, view, *_ = make_view(build)
+    mask = torch.full((11,), 4)
+    assert (view.values_at(mask) == -math.inf).all()
+    assert (view.nll(mask) == math.inf).all()
+
+
 def test_no_rows_give_no_loss_and_a_zero_gradient(build):
     model, view, hidden, ids, _ = make_view(build, rows=0)
     view.nll(ids).sum().backward()
@@ -62,67 +98,5 @@ def test_ids_of_another_length_are_refused(build):
     _, view, *_ = make_view(build)
     with pytest.raises(ShapeError, match="11 rows"):
         view.nll(torch.zeros(3, dtype=torch.int64))
-
-
-def test_two_shards_of_the_vocabulary_give_the_dense_values(build, monkeypatch):
-    """The tensor-parallel form with the two ranks as threads; the collectives are a sum and a
-    concatenation."""
-    from bdtrain.model import head as head_module
-
-    _, _, hidden, ids, dense = make_view(build)
-    barrier, box = threading.Barrier(2), {}
-
-    class Group:
-        def __init__(self, rank):
-            self.number = rank
-
-        def size(self):
-            return 2
-
-        def rank(self):
-            return self.number
-
-    def exchange(x, group):
-        box[group.rank()] = x
-        barrier.wait()
-        both = [box[0], box[1]]
-        barrier.wait()
-        return both
-
-    monkeypatch.setattr(
-        head_module, "reduce_from_tensor_model_parallel_region", lambda x, group: sum(exchange(x, group))
-    )
-    monkeypatch.setattr(
-        head_module,
-        "gather_from_tensor_model_parallel_region",
-        lambda x, group: torch.cat(exchange(x, group), -1),
-    )
-
-    class Shard:
-        def __init__(self, rank):
-            self.tp_group, self.first_id = Group(rank), rank * 16
-            self.config = type("C", (), {"vocab_size": 29})
-
-        def __call__(self, hidden):
-            return dense.detach()[:, self.first_id : self.first_id + 16]
-
-    results = {}
-
-    def rank_work(rank):
-        view = head_module.ParallelVocabView(hidden.detach(), Shard(rank))
-        results[rank] = view.nll(ids), view.maximum(), view.logsumexp(), view.values_at(ids)
-
-    threads = [threading.Thread(target=rank_work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=20)
-    wanted = (
-        F.cross_entropy(dense, ids, reduction="none"),
-        dense.amax(-1),
-        dense.logsumexp(-1),
-        dense.gather(1, ids[:, None])[:, 0],
-    )
-    for rank in range(2):
-        for ours, value in zip(results[rank], wanted, strict=True):
-            torch.testing.assert_close(ours, value.detach())
+    with pytest.raises(ShapeError, match=r"\[11, ids\]"):
+        view.statistics(torch.zeros(11, dtype=torch.int64))

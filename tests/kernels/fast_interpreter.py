@@ -1,0 +1,31 @@
+"""Triton's interpreter without its slowest habit.
+
+At every call of one device function by another it patches the whole language module again, milliseconds each
+time and never undone. Once per module of device functions is enough: the executor of a kernel patches
+(and restores) the language that the kernel's own module uses by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def quicken() -> None:
+    """Patch once per module. Does nothing where this version of Triton is built otherwise."""
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None:
+        return
+    patched: set[int] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__globals__
+        if id(module) not in patched:
+            patched.add(id(module))
+            patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
