@@ -98,6 +98,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 EVENTS: Mapping[str, str] = MappingProxyType(
     {
         "start": "an attempt begins; step is the one it resumes from, 0 for a new run",
+        "kernel": "a kernel chose the form that runs, and why",
         "checkpoint": "a checkpoint was committed",
         "checkpoint_failed": "a checkpoint could not be written; training went on",
         "profile_failed": "a profile could not be written; training went on",

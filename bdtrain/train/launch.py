@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from bdtrain.train.progress import Progress
 from bdtrain.train.run_lock import RunLock
 from bdtrain.train.setup import Parts, build_parts, prepare_machine
 from bdtrain.train.signals import StopRequest
+from bdtrain_kernels import choices_heard
 
 SHORT_DRAIN_S = 2.0
 """Time to ship the last metrics when the launcher is waiting with a kill."""
@@ -153,6 +154,7 @@ def start_attempt(
         if config.tracking.mlflow:
             shipper = start_shipper(config, folder)
             console.line(f"MLflow: {shipper.address}, run {run_name(config)}")
+    stack.enter_context(hear_kernels(console, metrics, progress))
     profiler = StepProfiler(
         config,
         device=parts.device,
@@ -178,6 +180,19 @@ def start_attempt(
         faults=faults,
         profiler=profiler,
     )
+
+
+def hear_kernels(
+    console: Console, metrics: MetricsLog | None, progress: Progress
+) -> AbstractContextManager[None]:
+    """Say and write down which form of each kernel runs, when it is chosen."""
+
+    def tell(kernel: str, backend: str, reason: str) -> None:
+        console.line(f"kernel {kernel}: {backend} ({reason})")
+        if metrics is not None:
+            metrics.event("kernel", progress.step, kernel=kernel, backend=backend, reason=reason)
+
+    return choices_heard(tell)
 
 
 def open_books(

@@ -13,6 +13,7 @@ from bdtrain_kernels.block_attention import (
     prepare,
 )
 from bdtrain_kernels.cache_attention import cache_attention
+from bdtrain_kernels.dispatch import choices_heard
 from bdtrain_kernels.errors import BackendUnavailableError, KernelShapeError
 from bdtrain_kernels.masked_cross_entropy import masked_cross_entropy, row_statistics
 from bdtrain_kernels.rms_norm import rms_norm
@@ -26,6 +27,7 @@ __all__ = [
     "block_attention",
     "cache_attention",
     "check_attention_backend",
+    "choices_heard",
     "dense_mask",
     "masked_cross_entropy",
     "prepare",

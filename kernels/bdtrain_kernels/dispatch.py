@@ -10,6 +10,8 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import device as Device
 from torch.cuda import get_device_capability
@@ -56,7 +58,32 @@ def announce(kernel: str, backend: str, reason: str) -> None:
         backend: the backend that runs.
         reason: why: "forced", or what the choice was made from.
     """
-    logging.getLogger(LOGGER_NAME).info("%s: backend %s (%s)", kernel, backend, reason)
+    choice = {"kernel": kernel, "backend": backend, "reason": reason}
+    logging.getLogger(LOGGER_NAME).info("%s: backend %s (%s)", kernel, backend, reason, extra=choice)
+
+
+@contextmanager
+def choices_heard(tell: Callable[[str, str, str], None]) -> Iterator[None]:
+    """Hear of every choice from here on, those made before in this process too when they are made again.
+
+    Args:
+        tell: called with kernel, backend and reason, once for each.
+    """
+
+    class _Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tell(record.kernel, record.backend, record.reason)  # type: ignore[attr-defined]
+
+    logger, listener = logging.getLogger(LOGGER_NAME), _Listener()
+    level = logger.level
+    announce.cache_clear()
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
 
 
 FIRST_CAPABILITY = (8, 0)
@@ -73,7 +100,7 @@ def triton_missing(device: Device) -> str:
         "" when it can, else the reason. On a CPU it can only under its interpreter (``TRITON_INTERPRET=1``
         in the environment before triton is imported), which is for tests: thousands of times slower.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "triton is not installed; install bdtrain[gpu]"
     if device.type == "cuda":
         found = get_device_capability(device)
@@ -83,6 +110,11 @@ def triton_missing(device: Device) -> str:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     return f"it needs a CUDA device, the tensors are on {device}"
+
+
+@functools.cache  # asked for at every call of every layer; looking for a package reads the disk
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}

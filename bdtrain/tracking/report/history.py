@@ -228,6 +228,8 @@ def _tell(event: Mapping[str, Any], run: Run | None = None) -> str:
         gone = "" if run is None or folder in run.checkpoints else " (deleted since)"
         place = f"{CHECKPOINTS}/{folder}"
         return f"checkpoint {place}{'' if count is None else f', {format_count(count)}B'}{gone}"
+    if name == "kernel":
+        return f"{event.get('kernel', '?')} runs as {event.get('backend', '?')} ({event.get('reason', '?')})"
     if name == "skipped":
         return f"step skipped, not finite: loss {event.get('loss', '?')}, rows {event.get('rows', '?')}"
     if name == "rejected_checkpoint":

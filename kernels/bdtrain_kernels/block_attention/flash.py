@@ -11,6 +11,7 @@ Library kernels in the order of choice: flash-attn where it is installed (CUDA),
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -134,11 +135,16 @@ def choose_engine(q: Tensor) -> Engine:
     refused = backend_reasons(q.device, dtype=q.dtype)["flash"]
     if refused:
         raise BackendUnavailableError(f"{KERNEL}: backend='flash' cannot run this case: {refused}")
-    return FlashAttnEngine() if importlib.util.find_spec("flash_attn") else TorchEngine()
+    return FlashAttnEngine() if _flash_attn_installed() else TorchEngine()
+
+
+@functools.cache  # asked for in every layer; looking for a package reads the disk
+def _flash_attn_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _one_call(q: Tensor, k: Tensor, v: Tensor, *, streams: int, causal: bool, scale: float) -> Tensor:
-    if q.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+    if q.device.type == "cuda" and _flash_attn_installed():
         from flash_attn import flash_attn_func
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str = "auto") ->
     check_backend(KERNEL, backend, dict.fromkeys(("library", "torch", "reference"), ""))
     if backend == "auto":
         backend = "torch" if x.device.type == "cpu" else "library"
-        announce(KERNEL, backend, f"tensors on {x.device.type}")
+        announce(KERNEL, backend, f"auto: {x.device.type}")
     else:
         announce(KERNEL, backend, "forced")
     if backend == "library":

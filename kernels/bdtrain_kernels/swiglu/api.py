@@ -36,7 +36,7 @@ def swiglu(x: Tensor, *, backend: str = "auto") -> Tensor:
     check_backend(KERNEL, backend, {"triton": missing, "torch": "", "reference": ""})
     if backend == "auto":
         backend = "triton" if x.is_cuda and not missing else "torch"
-        announce(KERNEL, backend, missing or f"tensors on {x.device.type}")
+        announce(KERNEL, backend, f"auto: {x.device.type}" + (f", no Triton: {missing}" if missing else ""))
     else:
         announce(KERNEL, backend, "forced")
     if backend == "triton":

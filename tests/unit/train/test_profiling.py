@@ -184,7 +184,7 @@ def test_the_memory_file_accounts_for_every_tensor(tmp_path):
     held = [sum(timeline["bytes"][: place + 1]) for place in range(len(timeline["bytes"]))]
     assert timeline["held_bytes"] == held
     assert memory["peak"]["bytes"] == max(held)
-    # What was there before the trace and freed in it (an earlier test's, say) is in the line, but held by none.
+    # What was there before the trace and freed in it (an earlier test's, say) is in the line, held by none.
     assert sum(row["bytes"] for row in memory["peak"]["holders"]) >= max(held)
     # The weight, the other factor, their product, its relu: 64 x 64 float32 each.
     assert max(held) >= 4 * 64 * 64 * 4
