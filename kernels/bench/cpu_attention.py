@@ -79,7 +79,7 @@ CASES = (
     Case(256, copies=2),
     Case(256, copies=4),
     Case(256, kv_heads=2),
-    *(Case(seq, head_dim=64) for seq in (256, 512, 1024, 2048)),
+    *(Case(seq, head_dim=64) for seq in (96, 128, 192, 256, 512, 1024, 2048)),
     Case(300),
     Case(256, block_size=1, copies=0),
     Case(1024, block_size=1, copies=0),

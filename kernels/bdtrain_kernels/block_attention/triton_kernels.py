@@ -219,7 +219,8 @@ def forward(
                 False, D, PAD, BLOCK_N, PRECISION,
             )  # fmt: skip
     out_base = OUT + batch * out_batch + head * out_head + (stream_row + r0) * out_row
-    _store_rows(out_base, rows, out_row, columns, valid, acc / total[:, None], D, PAD)
+    # One division a row, not one a number.
+    _store_rows(out_base, rows, out_row, columns, valid, acc * (1.0 / total)[:, None], D, PAD)
     lse = LSE + batch_head * row_streams * seq + stream_row + r0
     tl.store(lse + rows, peak + tl.math.log2(total), mask=valid)
 
