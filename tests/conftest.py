@@ -13,12 +13,32 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # DeepSpeed compiles nothing: no test may wait for a compiler.
 os.environ.setdefault("DS_BUILD_OPS", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import torch  # reads the settings above
+
 # Before triton is imported anywhere: what it decorates is interpreted from then on or never. Only tests that
 # name the triton backend meet it; compile checks run in processes of their own without it.
-if not Path("/dev/nvidiactl").exists():
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter() -> None:
+    """For tests that run Triton kernels: the interpreter, where there is no GPU, at a bearable speed."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # Here: most tests do without importing triton.
+        from tests.fast_interpreter import quicken
+
+        quicken()
+
+
+@pytest.fixture
+def interpreted(triton_interpreter: None) -> None:
+    """For tests that run Triton kernels on tensors of a CPU; on a GPU they have twins there."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton kernels are compiled for the GPU here")
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,26 @@ parallelism; n is 3 with a gate in the feed-forward part, else 2):
 
     4 h                 input and result of both norms
     q + 2 k             the joint projection, as the values and the norms of queries and keys read it
-    3 q, or q + k       queries, keys and values as attention reads them: with grouped heads keys and values
-                        are repeated to the width of the queries
-    2 q                 the result of attention, by itself and as the output projection reads it
+    q + k               queries and keys as attention reads them, turned
+    q                   the result of attention, which the output projection reads
     n f                 the feed-forward part: result of the first projection, input of the second
 
-and besides, in float32, what norms keep per row and the logarithms of attention's sums, and attention's mask
-as numbers, [seq, 2 seq] for every noisy copy and [seq, seq] for the clean stream: once where a row is one
-document, else for each row of the micro-batch. This is the dense attention that runs on a GPU.
+and besides, in float32, what norms keep per row and the logarithms of attention's sums. That is all with the
+Triton kernels (``model.attention_backend=triton``). Sequence parallelism reorders the rows of the result: q
+more. Dense attention keeps more:
+
+    q                   its result has another order of axes than the output projection reads
+    2 q - k             with grouped heads and a mask keys and values, repeated to the width of the queries
+    2 q                 with several noisy copies, per row that a copy attends to: its own and the clean keys
+                        and values, joined
+
+and its mask as numbers, [seq, 2 seq] for every noisy copy and [seq, seq] for the clean stream: once where a
+row is one document, else for each row of the micro-batch.
+
+``auto`` is counted as what it is on a GPU: the Triton kernels, or dense attention where no mask is needed
+(``mdlm`` and ``ar`` over whole rows) or the kernels do not have the head size. Every other choice is counted
+as dense. On a CPU ``auto`` takes dense attention or the tree; ``model.attention_backend=dense`` gives the
+count for that.
 
 ``train.recompute=core_attn`` drops what is inside attention (repeated keys and values, its own result, sums
 and masks), ``full`` all but the layer's input; one layer at a time is then made again in backward.
@@ -35,8 +47,14 @@ from bdtrain.config.estimate import (
 from bdtrain.config.layout import Layout
 from bdtrain.config.schema import RunConfig
 
-LOGIT_FLOATS = 4
-"""float32 numbers per logit when backward starts and tp is above 1: the exponentials, three gradients."""
+TRITON_HEAD_DIMS = range(16, 257, 8)
+"""Channels of a head that the Triton attention has. Said here again: the kernels' package imports torch."""
+
+CHUNK_BYTES = 256 << 20
+"""Logits of the head that exist at a time on a GPU (``bdtrain_kernels.masked_cross_entropy``)."""
+
+LEAST_CHUNK_ROWS = 64
+"""Rows of such a chunk, however large the vocabulary is."""
 
 
 @dataclass(frozen=True)
@@ -80,47 +98,67 @@ def estimate_activations(config: RunConfig, layout: Layout) -> ActivationEstimat
     return max(first, last, key=lambda stage: stage.total_bytes)
 
 
+def counted_attention(config: RunConfig) -> str:
+    """The attention that activations are counted for: "triton" or "dense"; see this module."""
+    model = config.model
+    if model.attention_backend == "auto":
+        return "triton" if _has_mask(config) and model.head_dim in TRITON_HEAD_DIMS else "dense"
+    return "triton" if model.attention_backend == "triton" else "dense"
+
+
 def _layer_bytes(config: RunConfig, layout: Layout) -> tuple[int, int]:
     """Bytes that a layer keeps of a micro-batch, and those made again for one layer at a time in backward."""
     model = config.model
     gated = model.shape == "qwen3"
     queries = model.num_heads * model.head_dim // layout.tp
     keys = model.num_kv_heads * model.head_dim // layout.tp
-    grouped = model.num_heads > model.num_kv_heads
+    dense = counted_attention(config) == "dense"
+    repeated = dense and model.num_heads > model.num_kv_heads and _has_mask(config)
     residual = model.hidden_size // (layout.tp if config.parallel.sequence_parallel else 1)
     size = WEIGHT_BYTES[config.train.precision]
-    rows = sum(count_streams(config)) * config.data.seq_len * layout.micro_batch_size
+    noisy, clean = count_streams(config)
+    rows = (noisy + clean) * config.data.seq_len * layout.micro_batch_size
 
     # per row, in numbers of the run's precision
     norms, projected, mixed = 4 * residual, queries + 2 * keys, queries
     feed_forward = (3 if gated else 2) * (model.ffn_size // layout.tp)
     outside = norms + projected + queries + keys + mixed + feed_forward
-    inside = queries + (2 * queries - keys if grouped else 0)
+    inside = queries + (2 * queries - keys if repeated else 0)
     # per row, float32
     heads, key_heads = model.num_heads // layout.tp, model.num_kv_heads // layout.tp
     statistics = 2 + heads + key_heads if gated else 2 * 2
     outside_bytes = rows * (size * outside + FP32_BYTES * statistics)
-    inside_bytes = rows * (size * inside + FP32_BYTES * heads) + size * _mask_numbers(config, layout)
-    noisy, clean = count_streams(config)
-    if noisy > 1 and clean:
+    inside_bytes = rows * (size * inside + FP32_BYTES * heads)
+    if dense:
+        inside_bytes += size * _mask_numbers(config, layout)
+    if dense and noisy > 1 and clean:
         # Each copy joins its keys and values with those of the clean stream.
         joined = noisy * (1 + clean) * config.data.seq_len * layout.micro_batch_size
         inside_bytes += joined * 2 * queries * size
+    reordered = config.parallel.sequence_parallel and layout.tp > 1 and noisy + clean > 1
+    # The result of the Triton kernels lies as the output projection reads it: one memory, twice above.
+    shared_bytes = 0 if dense or reordered else rows * size * queries
 
     if config.train.recompute == "full":
         input_bytes = rows * residual * size
-        return input_bytes, outside_bytes + inside_bytes - input_bytes
+        return input_bytes, outside_bytes + inside_bytes - shared_bytes - input_bytes
     if config.train.recompute == "core_attn":
         return outside_bytes, inside_bytes
-    return outside_bytes + inside_bytes, 0
+    return outside_bytes + inside_bytes - shared_bytes, 0
+
+
+def _has_mask(config: RunConfig) -> bool:
+    """Whether dense attention needs a mask: not over one block, nor for the causal triangle."""
+    noisy, clean = count_streams(config)
+    return config.data.documents == "isolate" or bool(noisy and clean)
 
 
 def _mask_numbers(config: RunConfig, layout: Layout) -> int:
-    """Numbers in the masks of one layer; what needs no mask has none."""
+    """Numbers in the masks of one layer."""
+    if not _has_mask(config):
+        return 0
     noisy, clean = count_streams(config)
     seq, isolated = config.data.seq_len, config.data.documents == "isolate"
-    if not isolated and not (noisy and clean):
-        return 0  # one block, or the causal triangle
     each = noisy * seq * (1 + clean) * seq + clean * seq * seq
     return each * (layout.micro_batch_size if isolated else 1)
 
@@ -134,11 +172,12 @@ def _head_bytes(config: RunConfig, layout: Layout) -> int:
     noisy = count_streams(config)[0] or 1
     picked = int(noisy * config.data.seq_len * layout.micro_batch_size * masked_share(config))
     local = padded_vocab_size(model, vocab) // layout.tp
-    kept = 2 * picked * model.hidden_size * size
-    if layout.tp > 1:
-        # All logits of the rank's part of the vocabulary, twice in the run's precision.
-        return kept + picked * local * (LOGIT_FLOATS * FP32_BYTES + 2 * size)
-    # Logits come in chunks; the gradients are made in float32 meanwhile, and once more when they are scaled.
-    return (
-        kept + picked * model.hidden_size * FP32_BYTES + local * model.hidden_size * (2 * FP32_BYTES + size)
-    )
+    # The rows that have a loss and their norm; made in the forward pass with the loss: gradients of the rows
+    # in the run's precision, and the sum of the weight's in float32.
+    rows, weight = picked * model.hidden_size, local * model.hidden_size
+    kept = 2 * rows * size + rows * size + weight * FP32_BYTES
+    chunk = min(picked, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (local * size))) * local * size
+    scaled = rows * (FP32_BYTES + size)
+    rounded = rows * size + (weight * size if size < FP32_BYTES else 0)
+    # One after the other: logits of a chunk; gradients of the rows times what arrives; the weight's, rounded.
+    return kept + max(chunk, scaled, rounded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bdtrain.config.activations import estimate_activations
+from bdtrain.config.activations import counted_attention, estimate_activations
 from bdtrain.config.estimate import (
     FP32_BYTES,
     checkpoint_bytes,
@@ -136,8 +136,8 @@ def _peak(config: RunConfig, layout: Layout, kept: int, parameters: int) -> list
     if known_vocab_size(config) is None:
         without = f"embedding and head, {without}"
     return [
-        f"  peak       {format_bytes(kept + max(parts.total_bytes, update))} {moment}, an estimate for dense "
-        "attention; activations of",
+        f"  peak       {format_bytes(kept + max(parts.total_bytes, update))} {moment}, an estimate for "
+        f"{counted_attention(config)} attention; activations of",
         f"             layers {format_bytes(parts.layers_bytes)} "
         f"({_count(parts.micro_batches, 'micro-batch', 'micro-batches')}, recompute {config.train.recompute})"
         f"{head}",

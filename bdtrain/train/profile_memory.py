@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -28,16 +29,35 @@ class CudaMemory:
     suffix = "pickle"
     reader = "https://pytorch.org/memory_viz"
 
+    def __init__(self) -> None:
+        """Nothing is recorded yet."""
+        self._on = False
+        self._recorded: dict[str, Any] | None = None
+
     def begin(self) -> None:
         """Start to record."""
         torch.cuda.memory._record_memory_history("all", stacks="python", max_entries=MAX_ALLOCATIONS)
+        self._on = True
+
+    def halt(self) -> None:
+        """Keep what was recorded, and record nothing more: it would cost what comes next a stack each."""
+        if self._on:
+            # Switching the history off forgets it.
+            self._recorded = torch.cuda.memory._snapshot()
+            self._switch_off()
 
     def end(self) -> None:
         """Stop to record; what was recorded is lost."""
-        torch.cuda.memory._record_memory_history(None)
+        self._recorded = None
+        if self._on:
+            self._switch_off()
+
+    def _switch_off(self) -> None:
+        torch.cuda.memory._record_memory_history(enabled=None)
+        self._on = False
 
     def write(self, path: Path, trace: Path) -> None:
-        """Write what was recorded.
+        """Write what was recorded before ``halt``.
 
         Args:
             path: of the snapshot.
@@ -46,7 +66,8 @@ class CudaMemory:
         Raises:
             OSError: if the disk refuses.
         """
-        torch.cuda.memory._dump_snapshot(str(path))
+        with path.open("wb") as file:
+            pickle.dump(self._recorded, file)
 
 
 class CpuMemory:
@@ -57,6 +78,9 @@ class CpuMemory:
 
     def begin(self) -> None:
         """Nothing: the trace records."""
+
+    def halt(self) -> None:
+        """Nothing."""
 
     def end(self) -> None:
         """Nothing."""

@@ -71,6 +71,7 @@ class Recording:
             if self._cuda:
                 torch.cuda.synchronize()
             self._profile.stop_trace()
+            self.memory.halt()
 
     def write(self, folder: Path, stem: str, title: str) -> list[str]:
         """Write trace, operators and memory, each whole or not at all.
@@ -106,8 +107,11 @@ class Recording:
 
     def close(self) -> None:
         """Give back what recording holds."""
-        self.halt()
-        self.memory.end()
+        try:
+            # First: nobody asks for what the history holds.
+            self.memory.end()
+        finally:
+            self.halt()
 
     def operators(self) -> str:
         """Tables of ranges and of operators, the longest first."""

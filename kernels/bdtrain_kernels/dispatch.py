@@ -72,7 +72,10 @@ def choices_heard(tell: Callable[[str, str, str], None]) -> Iterator[None]:
 
     class _Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tell(record.kernel, record.backend, record.reason)  # type: ignore[attr-defined]
+            try:
+                tell(record.kernel, record.backend, record.reason)  # type: ignore[attr-defined]
+            except Exception:  # a full disk under the listener's file is no reason to stop a kernel
+                self.handleError(record)
 
     logger, listener = logging.getLogger(LOGGER_NAME), _Listener()
     level = logger.level

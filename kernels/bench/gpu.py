@@ -85,7 +85,9 @@ def _sections(trial: bool, *, sweep: bool) -> dict[str, Callable[[], Any]]:
         small = case(32, 4, 16, batch=1, heads=2, kv_heads=1)
         return {
             "ceilings": measure,
-            "attention: correctness": lambda: attention.check_correctness(device, torch.float32, (small,)),
+            "attention: correctness": lambda: attention.check_correctness(
+                device, torch.float32, (small,), ("triton", "flash", "flex")
+            ),
             "attention: speed": speed(
                 (small,), ("triton", "causal SDPA over L", "flash", "SDPA, dense mask")
             ),
@@ -102,7 +104,7 @@ def _sections(trial: bool, *, sweep: bool) -> dict[str, Callable[[], Any]]:
     sections: dict[str, Callable[[], Any]] = {
         "ceilings": measure,
         "attention: correctness": lambda: attention.check_correctness(
-            device, torch.bfloat16, attention.CORRECTNESS
+            device, torch.bfloat16, attention.CORRECTNESS, ("triton", "flash", "flex")
         ),
         "attention: speed": speed(main_cases, ("triton", "flex", "causal SDPA over L")),
         "attention: other lengths": speed(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cpu_attention import Layout
 from gpu_timing import Clock
 from torch import Tensor
 
@@ -20,18 +21,6 @@ from bdtrain_kernels.block_attention.reference import reference_attention
 
 BACKWARD_PRODUCTS = 2.5
 """Products of a backward pass per product of the forward pass that cannot be avoided: 5 against 2."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Blocks and documents of a batch."""
-
-    block_start: Tensor
-    block_end: Tensor
-    doc_start: Tensor
-    doc_end: Tensor
-    block_size: int
-    single_document: bool
 
 
 @dataclass(frozen=True)
@@ -95,71 +84,91 @@ CORRECTNESS = (
 )
 
 
-def check_correctness(device: str, dtype: torch.dtype, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
+def check_correctness(
+    device: str, dtype: torch.dtype, cases: tuple[Case, ...], backends: tuple[str, ...]
+) -> list[dict[str, Any]]:
     """Relative errors of output and gradients against float64, and whether two runs are bit-equal."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, case in enumerate(cases):
         layout = make_layout(case, device)
         q, k, v, grad = make_inputs(case, device, dtype, number)
-        runs = []
-        for _ in range(2):
-            out = block_attention(q, k, v, layout, noisy_copies=case.copies, backend="triton")
-            runs.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
         doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
         expected = reference_attention(*doubles, dense_mask(layout, noisy_copies=case.copies, clean=True))
         exact = (expected, *torch.autograd.grad(expected, doubles, grad.double()))
-        errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(runs[0], exact, strict=True)]
-        limits = (8e-3, 1.5e-2, 1.5e-2, 1.5e-2)
-        rows.append(
-            {
-                "case": _name(case),
-                **dict(zip(("out", "dq", "dk", "dv"), errors, strict=True)),
-                "bit-equal": all(torch.equal(a, b) for a, b in zip(*runs, strict=True)),
-                "within": all(error <= limit for error, limit in zip(errors, limits, strict=True)),
-            }
-        )
+        for backend in backends:
+            row: dict[str, Any] = {"case": _name(case), "backend": backend}
+            rows.append(row)
+            try:
+                runs = []
+                for _ in range(2):
+                    out = block_attention(q, k, v, layout, noisy_copies=case.copies, backend=backend)
+                    runs.append((out.detach(), *torch.autograd.grad(out, (q, k, v), grad)))
+            except Exception as error:  # the row is the report of it
+                row["failed"] = _short(error)
+                continue
+            errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(runs[0], exact, strict=True)]
+            limits = (8e-3, 1.5e-2, 1.5e-2, 1.5e-2)
+            row |= dict(zip(("out", "dq", "dk", "dv"), errors, strict=True))
+            row["bit-equal"] = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+            row["within"] = all(error <= limit for error, limit in zip(errors, limits, strict=True))
     return rows
 
 
 def measure_case(
     clock: Clock, case: Case, peak_tflops: float, sides: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """Forward and backward of every side, in one process, with rotating inputs."""
+    """Forward and backward of every side, in one process, with rotating inputs; ours is the first side."""
     layout = make_layout(case, clock.device)
     useful = case.teraflop(layout)
     sets = [make_inputs(case, clock.device, torch.bfloat16, seed) for seed in range(3)]
     rows: list[dict[str, Any]] = []
     for side in sides:
-        begun = time.perf_counter()
-        attention, tensors, teraflop = _side(side, case, layout, sets, useful)
-        forward = clock.milliseconds([lambda x=x, f=attention: f(*x[:3]) for x in _detached(tensors)])
-        first = time.perf_counter() - begun
-        outputs = [attention(*x[:3]) for x in tensors]
-        backward = clock.milliseconds(
-            [
-                lambda x=x, out=out: torch.autograd.grad(out, x[:3], x[3], retain_graph=True)
-                for x, out in zip(tensors, outputs, strict=True)
-            ]
-        )
-        rows.append(
-            {
-                "case": _name(case),
-                "side": side,
-                "forward ms": forward[0],
-                "quartiles": f"{forward[1]:.3f} to {forward[2]:.3f}",
-                "TFLOP/s": teraflop / forward[0] * 1e3,
-                "floor / forward": teraflop / peak_tflops * 1e3 / forward[0],
-                "backward ms": backward[0],
-                "backward quartiles": f"{backward[1]:.3f} to {backward[2]:.3f}",
-                "backward TFLOP/s": BACKWARD_PRODUCTS * teraflop / backward[0] * 1e3,
-                "s to prepare and compile forward": first,
-            }
-        )
-        del outputs
+        row: dict[str, Any] = {"case": _name(case), "side": side}
+        rows.append(row)
+        try:
+            attention, tensors, teraflop = _side(side, case, layout, sets, useful)
+            row |= _measure_side(clock, attention, tensors, teraflop, peak_tflops)
+        except Exception as error:  # the row is the report of it; the other sides have something to say
+            row["failed"] = _short(error)
     for row in rows:
-        row["forward / ours"] = row["forward ms"] / rows[0]["forward ms"]
-        row["backward / ours"] = row["backward ms"] / rows[0]["backward ms"]
+        for part in ("forward ms", "backward ms"):
+            if part in row and part in rows[0]:
+                row[f"{part} / ours"] = row[part] / rows[0][part]
     return rows
+
+
+def _measure_side(
+    clock: Clock,
+    attention: Callable[..., Tensor],
+    tensors: list[tuple[Tensor, ...]],
+    teraflop: float,
+    peak_tflops: float,
+) -> dict[str, Any]:
+    begun = time.perf_counter()
+    attention(*tensors[0][:3])
+    first = time.perf_counter() - begun
+    forward = clock.milliseconds([lambda x=x: attention(*x[:3]) for x in _detached(tensors)])
+    outputs = [attention(*x[:3]) for x in tensors]
+    backward = clock.milliseconds(
+        [
+            lambda x=x, out=out: torch.autograd.grad(out, x[:3], x[3], retain_graph=True)
+            for x, out in zip(tensors, outputs, strict=True)
+        ]
+    )
+    return {
+        "forward ms": forward[0],
+        "quartiles": f"{forward[1]:.3f} to {forward[2]:.3f}",
+        "TFLOP/s": teraflop / forward[0] * 1e3,
+        "floor / forward": teraflop / peak_tflops * 1e3 / forward[0],
+        "backward ms": backward[0],
+        "backward quartiles": f"{backward[1]:.3f} to {backward[2]:.3f}",
+        "backward TFLOP/s": BACKWARD_PRODUCTS * teraflop / backward[0] * 1e3,
+        "s of the first call": first,
+    }
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ").replace("|", "/")[:120]
 
 
 def _side(
@@ -249,7 +258,7 @@ def sweep(clock: Clock, *, seq: int, block_size: int, head_dims: tuple[int, ...]
                         clock, kernel, (q, k, v, grad), prepared
                     )
             except Exception as error:  # the row is the report of it
-                row["failed"] = f"{type(error).__name__}: {error}"[:120]
+                row["failed"] = _short(error)
             rows.append(row)
     return rows
 

@@ -250,12 +250,90 @@ def test_arguments_that_do_not_fit_are_refused():
         masked_cross_entropy(hidden[:, :3], weight, bias, targets, excluded=None, vocab_size=VOCAB)
     with pytest.raises(KernelShapeError, match="one floating type"):
         masked_cross_entropy(hidden.float(), weight, bias, targets, excluded=None, vocab_size=VOCAB)
-    with pytest.raises(KernelShapeError, match="ids from -1 to"):
+    with pytest.raises(KernelShapeError, match="targets from -1 to -1; choose from 0 to 36"):
         masked_cross_entropy(hidden, weight, bias, targets * 0 - 1, excluded=None, vocab_size=VOCAB)
     with pytest.raises(KernelShapeError, match=r"give \[4, ids\]"):
         row_statistics(hidden, weight, bias, targets, excluded=None, vocab_size=VOCAB)
     with pytest.raises(KernelShapeError, match=f"choose from 0 to {VOCAB - 1}"):
         row_statistics(hidden, weight, bias, targets[:, None] + VOCAB, excluded=None, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    "wrong,found", (([-1], "-1 to -1"), ([VOCAB, 2], f"2 to {VOCAB}"), ([40], "40 to 40"))
+)
+def test_excluded_ids_outside_the_vocabulary_are_refused_whichever_form_and_backend(wrong, found):
+    hidden, weight, bias, targets, _ = tensors(4, torch.float32)
+    message = f"excluded ids from {found}; choose from 0 to {VOCAB - 1}"
+    for excluded in (wrong, tuple(wrong), torch.tensor(wrong)):
+        for backend in ("chunked", "triton"):
+            settings = {"excluded": excluded, "vocab_size": VOCAB, "backend": backend}
+            with pytest.raises(KernelShapeError, match=message):
+                masked_cross_entropy(hidden, weight, bias, targets, **settings)
+            with pytest.raises(KernelShapeError, match=message):
+                row_statistics(hidden, weight, bias, targets[:, None], **settings)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.uint8, torch.float32))
+def test_ids_of_another_type_are_refused(dtype):
+    hidden, weight, bias, targets, _ = tensors(4)
+    wrong = targets.to(dtype)
+    with pytest.raises(KernelShapeError, match=f"targets are {dtype}; they must be torch.int64"):
+        masked_cross_entropy(hidden, weight, bias, wrong, excluded=None, vocab_size=VOCAB)
+    with pytest.raises(KernelShapeError, match=f"^ids are {dtype}; they must be torch.int64"):
+        row_statistics(hidden, weight, bias, wrong[:, None], excluded=None, vocab_size=VOCAB)
+    with pytest.raises(KernelShapeError, match=f"excluded ids are {dtype}; they must be torch.int64"):
+        masked_cross_entropy(hidden, weight, bias, targets, excluded=wrong[:1], vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("announced", (True, False))
+def test_equal_weights_that_sixteen_bits_cannot_hold_scale_the_gradients_all_the_same(announced):
+    """1.25390625 lies between two numbers of bfloat16: rounded first, all gradients were 0.3% too small."""
+    factor, found = 1.25 + 2.0**-8, []
+    hidden, weight, bias, targets, _ = tensors(400, torch.bfloat16)
+    for row_weights in (torch.ones(400), torch.full((400,), factor)):
+        nll = masked_cross_entropy(
+            hidden,
+            weight,
+            bias,
+            targets,
+            excluded=[MASK],
+            vocab_size=VOCAB,
+            row_weights=row_weights if announced else None,
+            backend="chunked",
+        )
+        found.append(torch.autograd.grad((nll * row_weights).sum(), (weight, bias)))
+    for plain, scaled in zip(*found, strict=True):
+        plain, scaled = plain.double(), scaled.double()
+        assert float((plain * scaled).sum() / plain.square().sum()) == pytest.approx(factor, rel=1e-3)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ("proportional", "other", "all zero", "zero announced"))
+def test_backward_reads_one_number_on_the_host(case):
+    hidden, weight, bias, targets, row_weights = tensors(9)
+    zeros = torch.zeros_like(row_weights)
+    given = {"proportional": 3 * row_weights, "other": row_weights.flip(0)}.get(case, zeros)
+    arriving = zeros if case == "all zero" else row_weights
+    nll = masked_cross_entropy(
+        hidden, weight, bias, targets, excluded=[MASK], vocab_size=VOCAB, row_weights=given, chunk_rows=4
+    )
+    with HostReads() as reads:
+        nll.backward(arriving)
+    assert reads.count == 1
+    expected = torch.autograd.grad(plain(hidden, weight, bias, targets), (hidden, weight, bias), arriving)
+    for leaf, wanted in zip((hidden, weight, bias), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_a_backend_that_is_not_there_is_refused_and_the_choice_is_said(caplog):

@@ -50,6 +50,15 @@ def test_gradcheck_of_the_cpu_form() -> None:
     assert torch.autograd.gradcheck(lambda *xs: rms_norm(*xs, eps=1e-3), given)
 
 
+def test_a_second_derivative_of_the_cpu_form_is_refused() -> None:
+    x, weight = draw(3, 2, 5).requires_grad_(), draw(5, seed=1).requires_grad_()
+    out = rms_norm(x, weight, eps=1e-3, backend="torch")
+    first = torch.autograd.grad(out.square().sum(), (x, weight), create_graph=True)
+    for gradient in first:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward(retain_graph=True)
+
+
 def test_a_cpu_keeps_the_input_and_a_number_per_row() -> None:
     x, weight = draw(4, 3, 8).bfloat16().requires_grad_(), torch.ones(8).bfloat16().requires_grad_()
     kept: list[Tensor] = []

@@ -56,6 +56,15 @@ def test_gradcheck_of_torchs_form(normed: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
+def test_a_second_derivative_is_refused(normed: bool) -> None:
+    x, cos, sin, weight, _ = CASES[1].tensors(torch.float64, normed=normed)
+    out = rotate_heads(x, cos, sin, weight, backend="torch")
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def test_attention_gets_its_own_order_and_backward_keeps_no_copy() -> None:
     case = HeadCase("layout", seq=7, batch=2, groups=2, heads=3, dim=8)
     x, cos, sin, weight, _ = case.tensors(torch.float32, normed=True)

@@ -45,6 +45,13 @@ def test_gradcheck_of_torchs_form() -> None:
     assert torch.autograd.gradcheck(swiglu, (draw(4, 10, dtype=torch.float64).requires_grad_(),))
 
 
+def test_a_second_derivative_is_refused() -> None:
+    x = draw(4, 10).requires_grad_()
+    (first,) = torch.autograd.grad(swiglu(x, backend="torch").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def test_a_view_of_a_wider_tensor_is_taken_as_it_is() -> None:
     wide = draw(6, 20)
     assert torch.equal(swiglu(wide[:, 4:16]), swiglu(wide[:, 4:16].contiguous()))

@@ -83,6 +83,35 @@ def test_backward_keeps_nothing_that_was_not_given() -> None:
         assert {t.untyped_storage().data_ptr() for t in kept} == wanted
 
 
+@pytest.mark.parametrize("which", ["cos", "sin", "both"])
+def test_tables_may_be_views_with_strides_of_their_own(which: str) -> None:
+    case = HeadCase("views", seq=8, batch=2, groups=1, heads=2, dim=16, table_rows=2)
+    x, cos, sin, weight, grad = case.tensors(torch.float32, normed=True, device=DEVICE)
+
+    def view(table: Tensor, *, name: str, wide: int) -> Tensor:
+        if which not in (name, "both"):
+            return table
+        room = torch.full((*table.shape[:2], wide), torch.nan, device=DEVICE)
+        room[..., : table.shape[2]] = table
+        return room[..., : table.shape[2]]
+
+    cos, sin = view(cos, name="cos", wide=16), view(sin, name="sin", wide=24)
+    out = rotate_heads(x, cos, sin, weight, backend="triton")
+    wanted, wanted_grads = expected_gradients(x, cos, sin, weight, grad)
+    assert error(out, wanted) < ROUNDING[torch.float32]
+    for ours, reference in zip(torch.autograd.grad(out, (x, weight), grad), wanted_grads, strict=True):
+        assert error(ours, reference) < 2 * ROUNDING[torch.float32]
+
+
+@pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
+def test_a_second_derivative_is_refused(normed: bool) -> None:
+    x, cos, sin, weight, _ = CASES[1].tensors(torch.float32, normed=normed, device=DEVICE)
+    out = rotate_heads(x, cos, sin, weight, backend="triton")
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first.square().sum().backward()
+
+
 def test_the_operator_is_one_that_compilers_understand() -> None:
     from bdtrain_kernels.rotary.triton_backend import rotate_heads_op
 

@@ -5,7 +5,14 @@ A benchmark written against this module differs between devices in nothing but t
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +43,79 @@ def find_device(name: str) -> torch.device:
             "with one, or try the same code with --device cpu"
         )
     return torch.device(name)
+
+
+def run_benchmark(
+    options: argparse.Namespace,
+    measure: Callable[[Any, torch.device], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+) -> int:
+    """A benchmark's whole command: measure in one process, print, write.
+
+    Args:
+        options: command line with ``device``, ``threads`` and ``json``.
+        measure: gives the result, from process groups of size 1 and the device.
+        describe: the result as text; it has ``versions``, ``machine`` and ``threads`` besides.
+
+    Returns:
+        The exit code.
+    """
+    # Waiting threads must sleep: on a shared machine they would be counted as work.
+    if os.environ.get("OMP_WAIT_POLICY") != "passive":
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+    from bdtrain.parallel.libraries import prepare_libraries
+
+    prepare_libraries()
+    from bdtrain.testing import single_process_groups
+
+    torch.set_num_threads(options.threads)
+    try:
+        device = find_device(options.device)
+    except DeviceMissingError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    with single_process_groups() as groups:
+        result = measure(groups, device)
+    result["threads"] = options.threads
+    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    result["machine"] = (
+        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    print(describe(result))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def failure_of(error: Exception) -> str:
+    """Why a side could not be measured, in one line for a table."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    words = next(iter(str(error).strip().splitlines()), "").replace("|", "/")
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def forget_failure(model: nn.Module, device: torch.device) -> None:
+    """Give back what a side that failed left: gradients, and memory that only its error held."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    if device.type == "cuda":
+        # A device that is broken says so to the next side.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def forget_compiled(backend: str) -> None:
+    """Before FlexAttention is measured: torch compiles a function for few shapes, then no more.
+
+    Args:
+        backend: of attention; nothing is done for others.
+    """
+    if backend == "flex":
+        torch._dynamo.reset()
 
 
 class Marks:
@@ -87,6 +167,7 @@ def in_turns(
     *,
     warm_up: int = 2,
     slow_s: float = float("inf"),
+    failed: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each side, A B A B ..., the order turned round every other time.
 
@@ -96,21 +177,36 @@ def in_turns(
         device: whose time counts.
         warm_up: calls of each side before, not counted.
         slow_s: a side whose last warm-up took longer is timed once only.
+        failed: takes name -> why of sides that raise, which the result then leaves out; without it the error
+            of a side ends the measurement.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     slow = set()
-    for name, run in sides.items():
-        spent = 0.0
+
+    def timed(name: str) -> float | None:
+        try:
+            return time_call(sides[name], device)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = failure_of(error)
+            del seconds[name]
+            return None
+
+    for name in sides:
+        spent: float | None = 0.0
         for number in range(warm_up):
-            if number == 0 or spent <= slow_s:
-                spent = time_call(run, device)
-        if spent > slow_s:
+            if spent is not None and (number == 0 or spent <= slow_s):
+                spent = timed(name)
+        if spent is not None and spent > slow_s:
             slow.add(name)
     for number in range(rounds):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]
         for name in order:
-            if number == 0 or name not in slow:
-                seconds[name].append(time_call(sides[name], device))
+            if name in seconds and (number == 0 or name not in slow):
+                spent = timed(name)
+                if spent is not None:
+                    seconds[name].append(spent)
     return seconds
 
 

@@ -12,9 +12,6 @@ was there before. Losses and gradients are compared in the same run; a test hold
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -39,35 +36,9 @@ SLOW_S = 4.0
 def main() -> int:
     """Measure and print."""
     options = parse_options()
-    # Waiting threads must sleep: on a shared machine they would be counted as work.
-    if os.environ.get("OMP_WAIT_POLICY") != "passive":
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    from tools.bench.bench_meters import run_benchmark
 
-    from bdtrain.parallel.libraries import prepare_libraries
-
-    prepare_libraries()
-    import torch
-
-    from bdtrain.testing import single_process_groups
-    from tools.bench.bench_meters import DeviceMissingError, find_device
-
-    torch.set_num_threads(options.threads)
-    try:
-        device = find_device(options.device)
-    except DeviceMissingError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    with single_process_groups() as groups:
-        result = measure(groups, options, device)
-    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    result["machine"] = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    result["threads"] = options.threads
-    print(describe(result))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return run_benchmark(options, lambda groups, device: measure(groups, options, device), describe)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -128,10 +99,7 @@ def measure_case(
     model: Any, options: argparse.Namespace, seq: int, block_size: int, device: Any
 ) -> dict[str, Any]:
     """All ways at one length and block size."""
-    import torch
-
-    from bdtrain_kernels import BackendUnavailableError
-    from tools.bench.bench_meters import in_turns
+    from tools.bench.bench_meters import failure_of, forget_compiled, forget_failure, in_turns
     from tools.bench.training_passes import OURS, all_passes
 
     objective, micro_batch = make_batch(options, seq, block_size, device)
@@ -141,21 +109,24 @@ def measure_case(
     if blocks > options.max_blocks:
         refused = {name: "not run: too many blocks" for name in passes if name.startswith("loop")}
     facts: dict[str, dict[str, Any]] = {}
-    wanted = look_at(model, objective, micro_batch, passes[OURS], device, peak=False)
-    for name, run in passes.items():
+    wanted: dict[str, Any] | None = None
+    # Ours first: the others are compared with it.
+    for name in sorted(passes, key=lambda name: name != OURS):
         if name in refused:
             continue
         peak = device.type == "cuda" or not name.startswith("loop") or blocks <= RECORDED_BLOCKS
+        flex = "Flex" in name
+        forget_compiled("flex" if flex else "")
         try:
-            facts[name] = look_at(model, objective, micro_batch, run, device, peak=peak)
-        except torch.cuda.OutOfMemoryError:
-            refused[name] = "out of memory"
-            continue
-        except (BackendUnavailableError, NotImplementedError) as error:
-            refused[name] = why_not(error, device)
-            continue
-        facts[name] |= differences(facts[name], wanted)
-        del facts[name]["gradients"]
+            found = look_at(model, objective, micro_batch, passes[name], device, peak=peak)
+        except Exception as error:  # whatever one way fails by, the others' rows stay
+            refused[name] = (flex and why_no_gradients(device)) or failure_of(error)
+        else:
+            wanted = found if name == OURS else wanted
+            facts[name] = found | differences(found, wanted)
+            del facts[name]["gradients"]
+        if name in refused:
+            forget_failure(model, device)
 
     def step(name: str) -> Any:
         def run() -> None:
@@ -164,9 +135,9 @@ def measure_case(
 
         return run
 
-    seconds = in_turns({name: step(name) for name in facts}, options.rounds, device, warm_up=1, slow_s=SLOW_S)
-    for name, values in seconds.items():
-        facts[name] |= {"seconds": statistics.median(values), "raw": values}
+    sides = {name: step(name) for name in passes if name in facts}
+    seconds = in_turns(sides, options.rounds, device, warm_up=1, slow_s=SLOW_S, failed=refused)
+    facts = {name: facts[name] | {"seconds": statistics.median(v), "raw": v} for name, v in seconds.items()}
     return {"seq": seq, "block_size": block_size, "passes": facts, "refused": refused}
 
 
@@ -218,8 +189,13 @@ def look_at(
     return {"loss": loss, "gradients": gradients, "kept_bytes": kept.most, "peak_bytes": most}
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
-    """How far a loss and its gradients are from ours, relative; of the gradients the worst parameter's."""
+def differences(found: dict[str, Any], wanted: dict[str, Any] | None) -> dict[str, float | None]:
+    """How far a loss and its gradients are from ours, relative; of the gradients the worst parameter's.
+
+    None where ours failed.
+    """
+    if wanted is None:
+        return {"loss_difference": None, "gradient_difference": None}
     errors = [
         float((found["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=1e-30))
         for name, gradient in wanted["gradients"].items()
@@ -230,21 +206,25 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, floa
     }
 
 
-def why_not(error: Exception, device: Any) -> str:
-    """Why FlexAttention gave no gradients: torch's own words where it has any."""
+def why_no_gradients(device: Any) -> str:
+    """Why FlexAttention gives no gradients on a CPU, in torch's own words; "" elsewhere."""
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
+    if device.type != "cpu":
+        return ""
     x = torch.randn(1, 1, 128, 16, device=device, requires_grad=True)
     try:
         flex_attention(x, x, x).sum().backward()
     except NotImplementedError as refusal:
         return f"no backward here: {refusal}".split(". ")[0]
-    return str(error).splitlines()[0]
+    return ""
 
 
 def describe(result: dict[str, Any]) -> str:
     """Markdown: all cases in one table, then each with its spread."""
+    from tools.bench.training_passes import all_passes
+
     unit = "CPU ms" if result["device"] == "cpu" else "ms"
     cases = result["cases"]
     lines = [
@@ -258,7 +238,7 @@ def describe(result: dict[str, Any]) -> str:
         "|---|" + "---|" * len(cases),
     ]
     refused: dict[str, None] = {}
-    for name in cases[0]["passes"] | cases[0]["refused"]:
+    for name in all_passes():
         cells = []
         for case in cases:
             fact = case["passes"].get(name)
@@ -278,7 +258,7 @@ def _describe_case(case: dict[str, Any], unit: str) -> list[str]:
     from tools.bench.bench_meters import describe_spread
     from tools.bench.training_passes import OURS
 
-    ours = case["passes"][OURS]["seconds"]
+    ours = case["passes"].get(OURS)
     lines = [
         f"**seq {case['seq']}, blocks of {case['block_size']}**",
         "",
@@ -288,10 +268,12 @@ def _describe_case(case: dict[str, Any], unit: str) -> list[str]:
     ]
     for name, fact in case["passes"].items():
         peak = "" if fact["peak_bytes"] is None else f"{fact['peak_bytes'] / 2**20:.0f}"
+        share = "" if ours is None else f"{fact['seconds'] / ours['seconds']:.2f}"
+        apart = (fact["loss_difference"], fact["gradient_difference"])
+        loss, gradient = ("" if value is None else f"{value:.0e}" for value in apart)
         lines.append(
-            f"| {name} | {describe_spread(fact['raw'], factor=1e3, digits=0)} | "
-            f"{fact['seconds'] / ours:.2f} | {fact['kept_bytes'] / 2**20:.0f} | {peak} | "
-            f"{fact['loss_difference']:.0e} | {fact['gradient_difference']:.0e} |"
+            f"| {name} | {describe_spread(fact['raw'], factor=1e3, digits=0)} | {share} | "
+            f"{fact['kept_bytes'] / 2**20:.0f} | {peak} | {loss} | {gradient} |"
         )
     return [*lines, *(f"| {name} | {reason} | | | | | |" for name, reason in case["refused"].items())]
 

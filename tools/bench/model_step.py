@@ -13,6 +13,7 @@ import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,14 @@ from bdtrain.model.flops import count_step_flops, useful_pairs
 from bdtrain.model.forward import forward_losses
 from bdtrain.model.transformer import TwoStreamTransformer, assemble_streams
 from bdtrain_kernels import block_attention, prepare
-from tools.bench.bench_meters import Marks, peak_bytes, time_call
+from tools.bench.bench_meters import (
+    Marks,
+    failure_of,
+    forget_compiled,
+    forget_failure,
+    peak_bytes,
+    time_call,
+)
 from tools.bench.training_passes import attention_backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,32 +235,38 @@ class ModelStep:
             hook.remove()
         return marks.seconds(), int(micro_batch.corrupted.rows.sum())
 
-    def fit_rows(self, sides: tuple[Side, ...]) -> int:
-        """The preset's micro-batch, halved until a step of every side fits the device; warms both up."""
-        rows = self.config.train.micro_batch_size or 1
-        while True:
-            try:
-                for side in sides:
-                    for number in range(3):
-                        self.step(side, rows, number)
-                return rows
-            except torch.cuda.OutOfMemoryError:
-                if rows == 1:
-                    raise
-            self.forget()
-            rows //= 2
+    def fit_rows(self, sides: tuple[Side, ...], failed: dict[str, str]) -> int:
+        """The preset's micro-batch, halved until a step of every side fits the device; warms them up.
 
-    def forget(self) -> None:
-        """Give back what a failed step left."""
-        self.model.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        Args:
+            sides: what is compared.
+            failed: takes name -> why of sides that cannot run at all; the others go on without them.
+        """
+        rows = self.config.train.micro_batch_size or 1
+        while not all(self._fits(side, rows, failed) for side in sides if side.name not in failed):
+            rows //= 2
+        return rows
+
+    def _fits(self, side: Side, rows: int, failed: dict[str, str]) -> bool:
+        """Whether there is memory for a side; True as well where it failed for good."""
+        forget_compiled(side.backend)
+        fits = True
+        try:
+            for number in range(3):
+                self.step(side, rows, number)
+            return True
+        except Exception as error:
+            fits = rows == 1 or not isinstance(error, torch.cuda.OutOfMemoryError)
+            if fits:
+                failed[side.name] = failure_of(error)
+        forget_failure(self.model, self.device)
+        return fits
 
     def loss_difference(self, sides: tuple[Side, ...], rows: int) -> float:
         """Largest relative distance of the sides' losses from the first one's, same noise."""
         totals = []
         for side in sides:
+            forget_compiled(side.backend)
             with torch.no_grad(), attention_backend(self.model, side.backend):
                 totals.append(self.losses(side, self.corrupt(self.batch(rows, 0), 0)).double().sum().item())
         return max(abs(total / totals[0] - 1) for total in totals)
@@ -344,13 +358,13 @@ def measure_preset(
     config = load_config([ROOT / path], overrides).config
     job = ModelStep(groups, config, device=device, dtype=dtype, documents=documents)
     sides = sides_of(device)
-    rows = job.fit_rows(sides)
-    measured = {side.name: Measured() for side in sides}
-    for number in range(steps):
-        for side in sides if number % 2 == 0 else sides[::-1]:
-            parts, selected = job.step(side, rows, number)
-            measured[side.name].parts.append(parts)
-            measured[side.name].selected.append(selected)
+    failed: dict[str, str] = {}
+    rows = job.fit_rows(sides, failed)
+    facts = _time_sides(job, sides, rows, steps, failed)
+    compared = tuple(side for side in sides if side.name in facts)
+    difference = None
+    if len(compared) > 1:
+        difference = _try(job, failed, "losses", partial(job.loss_difference, compared, rows))
     result: dict[str, Any] = {
         "preset": name,
         "config": path,
@@ -363,24 +377,60 @@ def measure_preset(
         "recompute": config.train.recompute,
         "documents": documents,
         "state_bytes": job.optimizer.state_bytes(),
-        "loss_difference": job.loss_difference(sides, rows),
-        "sides": {side.name: _facts(job, side, rows, measured[side.name]) for side in sides},
+        "loss_difference": difference,
+        "sides": facts,
+        "failed": failed,
     }
-    result["noise_copies"] = _copies(job, sides[0], rows, steps)
+    copies = None
+    if sides[0].name in facts:
+        copies = _try(job, failed, "noise copies", partial(_copies, job, sides[0], rows, steps))
+    result["noise_copies"] = copies or {}
     del job
     gc.collect()
     return result
+
+
+def _try(job: ModelStep, failed: dict[str, str], name: str, run: Callable[[], Any]) -> Any:
+    """What a call gives; None if it fails, with the reason in ``failed``: what was measured stays."""
+    try:
+        return run()
+    except Exception as error:
+        failed[name] = failure_of(error)
+    forget_failure(job.model, job.device)
+    return None
+
+
+def _time_sides(
+    job: ModelStep, sides: tuple[Side, ...], rows: int, steps: int, failed: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Time steps of the sides in turns; facts of those that did not fail."""
+    measured = {side.name: Measured() for side in sides}
+    for number in range(steps):
+        for side in sides if number % 2 == 0 else sides[::-1]:
+            if side.name in failed:
+                continue
+            timed = _try(job, failed, side.name, partial(job.step, side, rows, number))
+            if timed is not None:
+                measured[side.name].parts.append(timed[0])
+                measured[side.name].selected.append(timed[1])
+    facts = {}
+    for side in sides:
+        if side.name not in failed:
+            found = _try(job, failed, side.name, partial(_facts, job, side, rows, measured[side.name]))
+            facts |= {} if found is None else {side.name: found}
+    return facts
 
 
 def _facts(job: ModelStep, side: Side, rows: int, measured: Measured) -> dict[str, Any]:
     """Medians, memory and attention alone of one side."""
     seconds = statistics.median(measured.totals)
     selected = round(statistics.mean(measured.selected))
+    above = peak_bytes(lambda: job.step(side, rows, 0), job.device)
+    # After the peak, which what is compiled here would be part of.
+    forget_compiled(side.backend)
     attention = job.attention(side.backend, rows)
     attention()
     alone = [time_call(attention, job.device) for _ in range(3)]
-    del attention
-    above = peak_bytes(lambda: job.step(side, rows, 0), job.device)
     return {
         "backend": side.backend,
         "full_rows": side.full_rows,
@@ -406,7 +456,7 @@ def _copies(job: ModelStep, side: Side, rows: int, steps: int) -> dict[str, Any]
             times[copies] = []
         except torch.cuda.OutOfMemoryError:
             pass
-    job.forget()
+    forget_failure(job.model, job.device)
     for number in range(max(3, steps // 2)):
         for copies, values in times.items():
             values.append(sum(job.step(side, rows, number, copies)[0].values()))

@@ -18,9 +18,6 @@ rows, in turns (``model_step.py``).
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -37,38 +34,14 @@ BATCH, HIDDEN, LAYERS, HEADS, VOCAB, BLOCK, COND = 4, 256, 6, 8, 8192, 16, 128
 def main() -> int:
     """Measure and print."""
     options = parse_options()
-    # Waiting threads must sleep: on a shared machine they would be counted as work.
-    if os.environ.get("OMP_WAIT_POLICY") != "passive":
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    from tools.bench.bench_meters import run_benchmark
 
-    from bdtrain.parallel.libraries import prepare_libraries
+    presets = options.device == "cuda" or options.tiny
 
-    prepare_libraries()
-    import torch
+    def measured(groups: Any, device: Any) -> dict[str, Any]:
+        return measure_presets(groups, options, device) if presets else measure(groups, options)
 
-    from bdtrain.testing import single_process_groups
-    from tools.bench.bench_meters import DeviceMissingError, find_device
-
-    torch.set_num_threads(options.threads)
-    try:
-        device = find_device(options.device)
-    except DeviceMissingError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    presets = device.type == "cuda" or options.tiny
-    with single_process_groups() as groups:
-        result = measure_presets(groups, options, device) if presets else measure(groups, options)
-    result["threads"] = options.threads
-    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    result["machine"] = (
-        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    print(describe_presets(result) if presets else report(result))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return run_benchmark(options, measured, describe_presets if presets else report)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -332,12 +305,13 @@ def describe_presets(result: dict[str, Any]) -> str:
 def _describe_preset(preset: dict[str, Any], peak_tflops: float) -> list[str]:
     from tools.bench.bench_meters import describe_spread
 
-    sides = preset["sides"]
+    sides, difference = preset["sides"], preset["loss_difference"]
+    apart = "" if difference is None else f"; losses of the sides differ by {difference:.0e}"
     lines = [
         f"**{preset['preset']}** ({preset['config']}): {preset['parameters'] / 1e6:.4g}M parameters, "
         f"{preset['rows']} rows of {preset['seq']} tokens (the preset has {preset['wanted_rows']}), blocks "
-        f"of {preset['block_size']}, {preset['documents']} documents a row, recompute {preset['recompute']}; "
-        f"losses of the sides differ by {preset['loss_difference']:.0e}.",
+        f"of {preset['block_size']}, {preset['documents']} documents a row, recompute {preset['recompute']}"
+        f"{apart}.",
         "",
         "| side | attention | ms per step | tokens/s | utilisation | peak, GiB |",
         "|---|---|---|---|---|---|",
@@ -348,10 +322,13 @@ def _describe_preset(preset: dict[str, Any], peak_tflops: float) -> list[str]:
             f"| {name} | {side['backend']} | {describe_spread(side['raw'], factor=1e3, digits=1)} | "
             f"{side['tokens_per_second']:,.0f} | {utilisation:.1%} | {side['peak_bytes'] / 2**30:.3g} |"
         )
-    ours, baseline = sides.values()
+    lines += [f"| {name} | failed: {reason} | | | | |" for name, reason in preset["failed"].items()]
+    if not sides:
+        return lines
+    ours, *others = sides.values()
+    if others:
+        lines += ["", f"The baseline takes {others[0]['seconds'] / ours['seconds']:.2f} times as long."]
     lines += [
-        "",
-        f"The baseline takes {baseline['seconds'] / ours['seconds']:.2f} times as long.",
         "",
         "| ms of a step | " + " | ".join(sides) + " |",
         "|---|" + "---|" * len(sides),

@@ -95,6 +95,7 @@ def prepare(
     device = layout.block_start.device
     reasons = backend_reasons(device, head_dim=head_dim, dtype=dtype)
     check_backend(KERNEL, backend, reasons)
+    _check_tile(tile, backend)
     tiling: Tiling | None = None
     reason = "forced"
     if backend == "auto":
@@ -120,6 +121,18 @@ def prepare(
     )
 
 
+def _check_tile(tile: int | None, backend: str) -> None:
+    """Refuse a tile that the backend would ignore or cannot have."""
+    if tile is None:
+        return
+    if backend in ("dense", "flex"):
+        raise KernelShapeError(f"tile={tile} with backend={backend!r}, which has no tiles; leave it out")
+    if tile < 1 or (backend == "triton" and (tile < 16 or tile & (tile - 1))):
+        raise KernelShapeError(
+            f"tile={tile}; backend 'triton' takes powers of 2 from 16, the others 1 or more"
+        )
+
+
 def _auto(
     layout: Layout, no_triton: str, *, noisy_copies: int, clean: bool, tile: int | None
 ) -> tuple[str, Tiling | None, str]:
@@ -130,6 +143,8 @@ def _auto(
             return "dense", None, "auto: CUDA, one fused call without a mask"
         if no_triton:
             return "dense", None, f"auto: CUDA, no Triton: {no_triton}"
+        if tile is not None:
+            _check_tile(tile, "triton")
         return "triton", None, "auto: CUDA"
     if device.type != "cpu":
         return "dense", None, f"auto: {device.type}"

@@ -132,7 +132,7 @@ def choose_engine(q: Tensor) -> Engine:
     """
     if q.device.type == "cpu":
         return CpuEngine()
-    refused = backend_reasons(q.device, dtype=q.dtype)["flash"]
+    refused = backend_reasons(q.device, head_dim=q.shape[3], dtype=q.dtype)["flash"]
     if refused:
         raise BackendUnavailableError(f"{KERNEL}: backend='flash' cannot run this case: {refused}")
     return FlashAttnEngine() if _flash_attn_installed() else TorchEngine()

@@ -16,6 +16,9 @@ from torch import Tensor
 from bdtrain_kernels.block_attention.reference import Layout
 from bdtrain_kernels.errors import BackendUnavailableError
 
+SHAPES = 256
+"""Shapes, types and gradient modes that may be compiled in one process."""
+
 
 @dataclass(frozen=True)
 class FlexMasks:
@@ -65,7 +68,6 @@ def build_flex_masks(layout: Layout, *, noisy_copies: int, clean: bool) -> FlexM
         H=None,
         KV_LEN=streams * seq,
         device=str(block_start.device),
-        _compile=block_start.device.type == "cuda",
     )
     noisy = make(Q_LEN=noisy_copies * seq) if noisy_copies and clean else None
     return FlexMasks(all_rows=make(Q_LEN=streams * seq), noisy_rows=noisy)
@@ -106,8 +108,15 @@ def flex_attention(
             "block_attention: backend='flex' has no backward on a CPU; choose from auto, dense, tree"
         )
     mask = masks.noisy_rows if clean and queries == "noisy" else masks.all_rows
-    call = _compiled() if q.device.type == "cuda" else _plain()
-    out: Tensor = call(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu":
+        plain: Tensor = _plain()(q, k, v, block_mask=mask, scale=scale, enable_gqa=shared)
+        return plain
+    from torch._dynamo import config as dynamo_config  # seconds of imports that no other backend needs
+
+    # Past torch's own limit of 8 shapes a compiled function runs eagerly, which holds all scores.
+    with dynamo_config.patch(recompile_limit=SHAPES):
+        out: Tensor = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=shared)
     return out
 
 
@@ -120,4 +129,5 @@ def _plain() -> Any:
 # Compiled once per process: the cache of a function without arguments is where the compiled form lives.
 @functools.cache
 def _compiled() -> Any:
-    return torch.compile(_plain(), dynamic=False)
+    # In one graph or not at all: an error, where torch would else go on without compiling.
+    return torch.compile(_plain(), dynamic=False, fullgraph=True)

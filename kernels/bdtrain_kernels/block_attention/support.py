@@ -11,6 +11,8 @@ KERNEL = "block_attention"
 TRITON_HEAD_DIMS = (16, 256)
 """Smallest and largest head_dim: tensor cores want 16, and beyond 256 a tile does not fit a program."""
 
+FLASH_HEAD_DIM = 256
+
 TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,7 +35,7 @@ def backend_reasons(
         "dense": "",
         "tree": "" if on_cpu else f"it runs on a CPU, the tensors are on {device}",
         "triton": triton_missing(device) or _triton_refuses(head_dim, dtype),
-        "flash": need_cuda or _flash_refuses(dtype, on_cuda=on_cuda),
+        "flash": need_cuda or (_flash_refuses(head_dim, dtype) if on_cuda else ""),
         "flex": need_cuda,
     }
 
@@ -67,7 +69,10 @@ def _triton_refuses(head_dim: int | None, dtype: torch.dtype | None) -> str:
     return ""
 
 
-def _flash_refuses(dtype: torch.dtype | None, *, on_cuda: bool) -> str:
-    if on_cuda and dtype is not None and dtype not in (torch.float16, torch.bfloat16):
+def _flash_refuses(head_dim: int | None, dtype: torch.dtype | None) -> str:
+    """On a GPU."""
+    if dtype is not None and dtype not in (torch.float16, torch.bfloat16):
         return f"the tensors are {dtype}; its kernels take float16 and bfloat16 on a GPU"
+    if head_dim is not None and (head_dim > FLASH_HEAD_DIM or head_dim % 8):
+        return f"head_dim={head_dim}; its kernels take multiples of 8 up to {FLASH_HEAD_DIM}"
     return ""

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdtrain_kernels.block_attention import triton_kernels
-from bdtrain_kernels.block_attention.packing import memory_order
+from bdtrain_kernels.block_attention import triton_gradients, triton_kernels
 from bdtrain_kernels.block_attention.support import KERNEL, backend_reasons
 from bdtrain_kernels.compile_cases import CompileCase
 from bdtrain_kernels.dispatch import shared_memory_kib
@@ -61,7 +60,8 @@ def choose_tiles(head_dim: int, itemsize: int, shared_kib: int) -> Tiles:
     """
     big = shared_kib >= 160  # A100, H100 and up; consumer GPUs have 99 KiB
     if itemsize == 4:  # products of float32 are not for speed: small tiles fit everywhere
-        return Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+        side = 32 if head_dim <= 128 else 16
+        return Tiles(Tile(side, side, 4, 1), Tile(side, side, 4, 1), Tile(side, side, 4, 1))
     if head_dim <= 64:
         stages = 3 if big else 2
         return Tiles(Tile(128, 64, 8, stages), Tile(128, 64, 8, stages), Tile(64, 128, 8, 2))
@@ -70,7 +70,7 @@ def choose_tiles(head_dim: int, itemsize: int, shared_kib: int) -> Tiles:
             return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3))
         return Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
     if big:
-        return Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1))
+        return Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 1), Tile(16, 64, 8, 1))
     return Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 
 
@@ -207,14 +207,14 @@ def _backward(
     tiles = _tiles(q, tile)
     constants = _constants(q)
     channels = {"D": constants["D"], "PAD": constants["PAD"]}
-    triton_kernels.sum_products[(batch * heads * _tile_count(total_rows, tiles.forward.rows),)](
+    triton_gradients.sum_products[(batch * heads * _tile_count(total_rows, tiles.forward.rows),)](
         out, grad, delta, *out.stride()[:3], *grad.stride()[:3], heads, total_rows,
         **channels, BLOCK_M=tiles.forward.rows, num_warps=4,
     )  # fmt: skip
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     case = (block_start.stride(0), heads, heads // kv_heads, copies, row_streams, seq, scale * LOG2E, scale)
     shape = tiles.backward_rows
-    triton_kernels.backward_rows[(batch * heads * row_streams * _tile_count(seq, shape.rows),)](
+    triton_gradients.backward_rows[(batch * heads * row_streams * _tile_count(seq, shape.rows),)](
         q, k, v, grad, lse, delta, grad_q, block_start, block_end, doc_start,
         *inputs, *grad_q.stride()[:3], *case,
         CLEAN=clean, **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
@@ -224,7 +224,7 @@ def _backward(
     for clean_keys, streams in ((True, int(clean)), (False, copies)):
         if streams == 0:
             continue
-        triton_kernels.backward_keys[(batch * kv_heads * streams * _tile_count(seq, shape.keys),)](
+        triton_gradients.backward_keys[(batch * kv_heads * streams * _tile_count(seq, shape.keys),)](
             q, k, v, grad, lse, delta, grad_k, grad_v, block_start, block_end, doc_end,
             *inputs, *grad_k.stride()[:3], *grad_v.stride()[:3], *case,
             CLEAN_KEYS=clean_keys, **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
@@ -250,8 +250,12 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _empty(shape: torch.Size, like: Tensor) -> Tensor:
-    """Dense memory in the order of another tensor's axes; ``empty_like`` forgets the order of a view."""
-    order = memory_order(like)
+    """Dense memory, channels last as the kernels write them, the other axes in the order of another tensor's.
+
+    ``empty_like`` forgets the order of a view with holes, and an expanded axis has no place in an order.
+    """
+    strides = like.stride()
+    order = (*sorted(range(3), key=lambda axis: strides[axis], reverse=True), 3)
     inverse = [order.index(axis) for axis in range(4)]
     return like.new_empty([shape[axis] for axis in order]).permute(inverse)
 
@@ -289,14 +293,14 @@ def compile_cases(shared_kib: int) -> list[CompileCase]:
         shared_kib: shared memory of a program on the device.
     """
     cases = []
-    for head_dim in (64, 128):
+    for head_dim in (64, 128, 256):
         tiles = choose_tiles(head_dim, 2, shared_kib)
-        constants = {"D": head_dim, "PAD": head_dim, "PRECISION": "tf32"}
+        constants: dict[str, Any] = {"D": head_dim, "PAD": head_dim, "PRECISION": "tf32"}
         for kernel, tile, more in (
             (triton_kernels.forward, tiles.forward, {"CLEAN": True}),
-            (triton_kernels.backward_rows, tiles.backward_rows, {"CLEAN": True}),
-            (triton_kernels.backward_keys, tiles.backward_keys, {"CLEAN_KEYS": True}),
-            (triton_kernels.backward_keys, tiles.backward_keys, {"CLEAN_KEYS": False}),
+            (triton_gradients.backward_rows, tiles.backward_rows, {"CLEAN": True}),
+            (triton_gradients.backward_keys, tiles.backward_keys, {"CLEAN_KEYS": True}),
+            (triton_gradients.backward_keys, tiles.backward_keys, {"CLEAN_KEYS": False}),
         ):
             everything = {**constants, **more, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
             kind = "" if "CLEAN_KEYS" not in more else " clean" if more["CLEAN_KEYS"] else " noisy"
@@ -321,7 +325,8 @@ def _compile_case(name: str, kernel: Any, constants: dict[str, Any], tile: Tile)
         num_warps=tile.warps,
         num_stages=tile.stages,
         tensor_cores=True,
-        # The accumulators of the largest head leave no register over; these few bytes lie outside the loops.
-        max_spill_bytes=64 if constants["D"] > 64 else 16,
+        # Up to 128 channels a few bytes outside the loops. 256 are right, not fast: their accumulators alone
+        # are more than the registers of two warp groups.
+        max_spill_bytes={64: 64, 128: 64, 256: 1024}[constants["D"]],
         aligned=frozenset(numbers) - runtime,
     )

@@ -58,7 +58,7 @@ def masked_cross_entropy(
             the ids from r * len(weight) on.
         bias: [padded vocab] or None, cut like ``weight``.
         targets: ids to predict, int64 [rows], in [0, vocab_size). The nll of an excluded id is +inf.
-        excluded: ids below ``vocab_size`` that are never predicted (the mask token's), int64 [ids] or a
+        excluded: ids in [0, vocab_size) that are never predicted (the mask token's), int64 [ids] or a
             list; None for none. Ids of other ranks are no matter.
         vocab_size: ids from here on are padding: never predicted, gradient 0.
         row_weights: what the caller will multiply the rows with before summing, float [rows], up to one
@@ -86,7 +86,7 @@ def masked_cross_entropy(
             f"hidden has {hidden.shape[0]} rows, give one each"
         )
     plan = _plan(weight, excluded, vocab_size, group, backend, chunk_rows)
-    _check_ids(targets, vocab_size)
+    _check_ids("targets", targets, vocab_size)
     detached = None if row_weights is None else row_weights.detach()
     with_gradient = _with_gradient(hidden, weight, bias)
     return CrossEntropy.apply(hidden, weight, bias, targets, detached, plan, with_gradient)
@@ -133,7 +133,7 @@ def row_statistics(
             f"ids {tuple(ids.shape)}; hidden has {hidden.shape[0]} rows, give [{hidden.shape[0]}, ids]"
         )
     plan = _plan(weight, excluded, vocab_size, group, backend, chunk_rows)
-    _check_ids(ids, vocab_size)
+    _check_ids("ids", ids, vocab_size)
     return RowStatistics.apply(hidden, weight, bias, ids, plan, _with_gradient(hidden, weight, bias))
 
 
@@ -153,8 +153,10 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     """A rank that does not hold an id takes it for another rank's: a wrong one would only look cheap."""
+    if ids.dtype != torch.int64:
+        raise KernelShapeError(f"{name} are {ids.dtype}; they must be torch.int64")
     if not ids.numel():
         return
     if ids.device.type != "cpu":
@@ -163,7 +165,7 @@ def _check_ids(ids: Tensor, vocab_size: int) -> None:
     low, high = (int(x) for x in torch.aminmax(ids))
     if low < 0 or high >= vocab_size:
         raise KernelShapeError(
-            f"ids from {low} to {high}; choose from 0 to {vocab_size - 1} (vocab_size - 1)"
+            f"{name} from {low} to {high}; choose from 0 to {vocab_size - 1} (vocab_size - 1)"
         )
 
 
@@ -197,8 +199,8 @@ def _plan(
         chunk_rows = max(LEAST_CHUNK_ROWS, chunk_rows)
     elif chunk_rows < 1:
         raise KernelShapeError(f"chunk_rows={chunk_rows}; it must be at least 1")
-    if excluded is not None and not isinstance(excluded, Tensor):
-        excluded = torch.tensor(excluded, dtype=torch.int64, device=weight.device)
+    if excluded is not None:
+        excluded = _excluded_ids(excluded, vocab_size, weight.device)
     return Plan(
         first_id=first_id,
         columns=min(max(0, vocab_size - first_id), local),
@@ -207,6 +209,16 @@ def _plan(
         chunk_rows=chunk_rows,
         backend=backend,
     )
+
+
+def _excluded_ids(excluded: Tensor | Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
+    """As a tensor on ``device``; a list is checked before it goes there, so that the host need not wait."""
+    if isinstance(excluded, Tensor):
+        _check_ids("excluded ids", excluded, vocab_size)
+        return excluded
+    ids = torch.tensor(excluded, dtype=torch.int64)
+    _check_ids("excluded ids", ids, vocab_size)
+    return ids.to(device)
 
 
 def _choose_backend(weight: Tensor, backend: str) -> str:

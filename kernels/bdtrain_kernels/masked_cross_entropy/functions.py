@@ -144,15 +144,15 @@ class RowStatistics(torch.autograd.Function):
 def _common_factor(grad: Tensor, announced: Tensor) -> Tensor | None:
     """The number that ``announced`` must be multiplied with to give ``grad``, None when there is none.
 
-    Waits for the device, once per backward.
+    Waits for the device, once per backward: for the last answer.
     """
     if announced.numel() == 0:
         return grad.new_zeros(())
     announced = announced.to(grad.dtype)
-    largest = announced.abs().argmax()
-    if not bool(announced[largest]):
-        return grad.new_zeros(()) if not bool(grad.any()) else None
-    factor = grad[largest] / announced[largest]
+    largest = announced.abs().argmax().unsqueeze(0)  # as a tensor: a plain index would be read on the host
+    at_largest = announced.index_select(0, largest)
+    # Where all are announced as 0, what arrives must be 0 too.
+    factor = torch.where(at_largest == 0, 0.0, grad.index_select(0, largest) / at_largest)
     # A caller's (weights * nll).sum() / count rounds each product once or twice.
     tolerance = 4 * torch.finfo(grad.dtype).eps
     fits = torch.isclose(grad, announced * factor, rtol=tolerance, atol=0.0).all()

@@ -47,17 +47,16 @@ class GradientSums:
         """
         columns = scores.shape[1]
         if self.bias is not None:
-            if row_grad is None:
-                self.bias[:columns] += scores.sum(dim=0, dtype=self.bias.dtype)
-            else:
-                _add_product(self.bias[:columns, None], scores.t(), row_grad.to(scores.dtype).unsqueeze(1))
+            # Multiplied in the dtype of the sums: in 16 bits equal weights would all be rounded to one side.
+            weighted = scores if row_grad is None else scores * row_grad.to(self.bias.dtype).unsqueeze(1)
+            self.bias[:columns] += weighted.sum(dim=0, dtype=self.bias.dtype)
         low = scores.to(self._head.dtype)
         if self.hidden is not None:
             torch.mm(low, self._head[:columns], out=self.hidden[chunk])
         if self.weight is not None:
             rows = self._input[chunk]
             if row_grad is not None:
-                rows = rows * row_grad.to(rows.dtype).unsqueeze(1)
+                rows = (rows * row_grad.to(self.weight.dtype).unsqueeze(1)).to(rows.dtype)
             _add_product(self.weight[:columns], low.t(), rows)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def torch_rotation(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -36,6 +37,7 @@ class _NormRotate(torch.autograd.Function):
         return _join(out).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor, None]:  # type: ignore[override]
         x, cos, sin, weight, scale = ctx.saved_tensors
         wide, dim = _widen(x), x.shape[-1]
@@ -61,6 +63,7 @@ class _Rotate(torch.autograd.Function):
         return _join(_turn(wide, (cos, sin, cos, sin), _by_heads(wide))).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         like = _widen(grad.unflatten(2, ctx.heads))
         cos, sin = ctx.saved_tensors

@@ -15,7 +15,7 @@ from bdtrain_kernels.rotary.triton_kernels import NUM_WARPS, rotate_backward, ro
 def rotate_heads_op(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``rotate_heads`` of [seq, batch, groups, heads per group, head_dim]."""
     seq, batch, groups, heads, dim = x.shape
-    x, cos, sin = _last_axis_dense(x), _last_axis_dense(cos), _match(sin, cos)
+    x, (cos, sin) = _last_axis_dense(x), _same_strides(cos, sin)
     out = _empty_result(x)
     if out.numel() == 0:
         return out
@@ -59,7 +59,7 @@ def rotate_heads_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and of the weight; an empty tensor for the latter where there is none."""
     seq, batch, heads, dim = grad.shape
-    grad, cos, sin = _last_axis_dense(grad), _last_axis_dense(cos), _match(sin, cos)
+    grad, (cos, sin) = _last_axis_dense(grad), _same_strides(cos, sin)
     normed = weight is not None and x is not None
     grad_x = _empty_gradient(grad, group_heads)
     sizes = tile_sizes(dim // 2)
@@ -138,9 +138,11 @@ def _last_axis_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _match(sin: Tensor, cos: Tensor) -> Tensor:
-    """``sin`` with the strides of ``cos``: the kernels have one set for both."""
-    return sin if sin.stride() == cos.stride() else torch.empty_like(cos).copy_(sin)
+def _same_strides(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tables with a dense last axis and equal strides: the kernels have one set for both."""
+    if cos.stride() == sin.stride() and cos.stride(-1) == 1:
+        return cos, sin
+    return cos.contiguous(), sin.contiguous()
 
 
 def _table_strides(cos: Tensor) -> tuple[int, int]:

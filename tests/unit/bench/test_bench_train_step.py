@@ -10,7 +10,7 @@ import torch
 
 from bdtrain.model.forward import forward_losses
 from bdtrain.testing import single_process_groups
-from tools.bench import bench_meters, efficiency_ablation, model_step, train_step
+from tools.bench import bench_meters, efficiency_ablation, model_step, train_step, training_passes
 
 CPU = torch.device("cpu")
 TINY = "--seq 32 --block-size 8 --layers 2 --hidden 32 --heads 2 --vocab 64 --rounds 1"
@@ -86,6 +86,59 @@ def test_full_rows_give_the_loss_and_the_gradients_of_masked_rows(job):
         assert (full - masked).norm() < 1e-5 * masked.norm()
 
 
+def test_the_baseline_of_the_gpu_gives_our_loss(job):
+    ours, baseline = model_step.sides_of(torch.device("cuda"))
+    assert (baseline.backend, baseline.full_rows) == ("flex", True)
+    # Its forward runs on a CPU, too.
+    assert job.loss_difference((ours, baseline), 3) < 1e-6
+
+
+def test_a_side_that_fails_is_a_row_that_says_so_and_costs_no_other(groups, monkeypatch):
+    whole = model_step.full_row_losses
+    made = []
+
+    def failing(*arguments):
+        made.append(1)
+        if len(made) > 4:
+            raise RuntimeError("no kernel\nof this shape")
+        return whole(*arguments)
+
+    monkeypatch.setattr(model_step, "full_row_losses", failing)
+    facts = {"device": CPU, "dtype": torch.float32, "steps": 2, "documents": 1}
+    preset = model_step.measure_preset(groups, "tiny", **facts)
+    assert list(preset["sides"]) == ["bdtrain"]
+    assert preset["failed"] == {"dense + full rows": "RuntimeError: no kernel"}
+    assert preset["loss_difference"] is None
+    assert preset["rows"] == 4
+    result = {"machine": "cpu", "versions": {"torch": "2"}, "dtype": "float32", "peak_tflops": 1.0}
+    text = train_step.describe_presets({**result, "peak_measured": False, "presets": [preset]})
+    assert "| dense + full rows | failed: RuntimeError: no kernel |" in text
+    assert "times as long" not in text
+
+
+def test_rows_are_halved_until_every_side_fits(job, monkeypatch):
+    sides, failed = model_step.sides_of(CPU), {}
+
+    def step(side, rows, number):
+        if rows > (1 if side.full_rows else 2):
+            raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(job, "step", step)
+    assert job.fit_rows(sides, failed) == 1
+    assert failed == {}
+    monkeypatch.setattr(job, "step", lambda side, rows, number: step(side, 2 * rows, number))
+    assert job.fit_rows(sides, failed) == 1
+    assert failed == {"dense + full rows": "out of memory"}
+
+
+def test_flex_forgets_what_was_compiled_for_other_shapes(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    for backend in ("auto", "dense", "flex"):
+        bench_meters.forget_compiled(backend)
+    assert resets == [1]
+
+
 def test_both_sides_meet_the_same_tokens_and_noise(job):
     first, again, other = (job.corrupt(job.batch(2, n), n) for n in (1, 1, 2))
     assert first.corrupted.noisy.equal(again.corrupted.noisy)
@@ -143,6 +196,22 @@ def test_what_takes_long_is_timed_once_and_order_turns_round(monkeypatch):
     assert calls == ["a", "a", "slow", "a", "slow", "a", "a"]
 
 
+def test_a_timed_side_that_raises_is_left_out():
+    calls, failed = [], {}
+
+    def breaks_later():
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError("of 3 GiB")
+
+    sides = {"a": lambda: None, "b": breaks_later}
+    seconds = bench_meters.in_turns(sides, 3, CPU, warm_up=1, failed=failed)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3}
+    assert failed == {"b": "out of memory"}
+    with pytest.raises(ZeroDivisionError):
+        bench_meters.in_turns({"c": lambda: 1 / 0}, 1, CPU)
+
+
 def test_peak_is_the_most_that_lived_together():
     def run():
         first, second = torch.empty(1 << 18), torch.empty(1 << 18)
@@ -168,8 +237,8 @@ def test_ablation_measures_every_way_that_has_a_backward(groups):
     options = efficiency_ablation.parse_options(TINY.split())
     result = efficiency_ablation.measure(groups, options, CPU)
     (case,) = result["cases"]
-    assert "does not support backward on CPU" in case["refused"].pop("one pass, FlexAttention")
-    assert not case["refused"]
+    assert list(case["refused"]) == ["one pass, FlexAttention"]
+    assert "does not support backward on CPU" in case["refused"]["one pass, FlexAttention"]
     assert len(case["passes"]) == 7
     for name, fact in case["passes"].items():
         assert fact["loss_difference"] < 1e-5, name
@@ -188,3 +257,22 @@ def test_ablation_leaves_out_loops_over_too_many_blocks(groups):
         "loop over blocks, one backward",
         "loop over blocks, backward in each",
     ]
+
+
+def test_a_way_that_fails_costs_no_other_its_row(groups, monkeypatch):
+    passes = training_passes.all_passes()
+
+    def breaks(*_):
+        raise RuntimeError("cannot be compiled | here\nand more")
+
+    chosen = {name: passes[name] for name in ("one pass, dense masks", training_passes.OURS)}
+    options = efficiency_ablation.parse_options(TINY.split())
+    for broken in chosen:
+        monkeypatch.setattr(training_passes, "all_passes", lambda broken=broken: {**chosen, broken: breaks})
+        result = efficiency_ablation.measure(groups, options, CPU)
+        (case,) = result["cases"]
+        assert case["refused"] == {broken: "RuntimeError: cannot be compiled / here"}
+        assert list(case["passes"]) == [name for name in chosen if name != broken]
+        assert f"| {broken} | RuntimeError: cannot be compiled / here |" in efficiency_ablation.describe(
+            result
+        )

@@ -69,6 +69,17 @@ def test_every_pass_gives_the_same_loss_and_gradients(groups, shape, seq, block_
             assert error < 1e-10, (name, parameter, float(error))
 
 
+@pytest.mark.parametrize("isolate", [False, True])
+def test_the_flex_pass_gives_the_same_loss(groups, isolate, monkeypatch):
+    case, passes = make_case(groups, isolate=isolate), all_passes()
+    # On a CPU it has a forward alone.
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    with torch.no_grad():
+        found, wanted = (passes[name](*case).item() for name in ("one pass, FlexAttention", OURS))
+    assert wanted > 0.1
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
 def test_every_pass_but_the_loops_knows_documents(groups):
     case = make_case(groups, isolate=True)
     losses = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bdtrain.config import RunConfig, resolve_layout
-from bdtrain.config.activations import ActivationEstimate, estimate_activations
+from bdtrain.config.activations import ActivationEstimate, counted_attention, estimate_activations
 from bdtrain.config.estimate import checkpoint_bytes, estimate_step_operations
 from bdtrain.config.summary import format_duration, summarise, summarise_layout, summarise_time
 from tests.unit.config.helpers import load
@@ -77,6 +77,7 @@ def kept_bytes(config: RunConfig) -> int:
     return total
 
 
+@pytest.mark.parametrize("attention", ["dense", "triton"])
 @pytest.mark.parametrize("recompute", ["none", "core_attn", "full"])
 @pytest.mark.parametrize(
     "model",
@@ -86,13 +87,27 @@ def kept_bytes(config: RunConfig) -> int:
         ("model.num_kv_heads=4",),
         ("model.shape=bd3lm",),
         ("model.num_kv_heads=2", "diffusion.noise_copies=2", "data.documents=ignore"),
+        ("model.num_kv_heads=2", "diffusion.algo=ar", "diffusion.block_size=null", "data.documents=ignore"),
     ],
-    ids=["grouped", "one key head", "all heads", "bd3lm", "two copies of whole rows"],
+    ids=["grouped", "one key head", "all heads", "bd3lm", "two copies of whole rows", "no mask"],
 )
-def test_a_layer_keeps_what_the_formula_says(model: tuple[str, ...], recompute: str) -> None:
+def test_a_layer_keeps_what_the_formula_says(
+    model: tuple[str, ...], recompute: str, attention: str, request: pytest.FixtureRequest
+) -> None:
+    if attention == "triton":
+        request.getfixturevalue("interpreted")
     measured, by_formula = [], []
-    for layers in (2, 4):
-        config = run(*model, f"model.num_layers={layers}", f"train.recompute={recompute}")
+    for layers in (1, 2):
+        config = run(
+            *model,
+            f"model.num_layers={layers}",
+            f"train.recompute={recompute}",
+            f"model.attention_backend={attention}",
+            # Few short rows: the kernels are interpreted here.
+            "data.seq_len=16",
+            "train.global_batch_size=2",
+        )
+        assert counted_attention(config) == attention
         measured.append(kept_bytes(config))
         by_formula.append(estimate_activations(config, resolve_layout(config, 1)).layers_bytes)
     # A recomputed layer keeps an empty tensor or two.
@@ -117,9 +132,51 @@ INPUT = 128 * 64 * 4
 
 
 @pytest.mark.parametrize(
+    ("backend", "changes", "expected"),
+    [
+        ("auto", (), "triton"),
+        ("triton", ("diffusion.algo=mdlm", "diffusion.block_size=null", "data.documents=ignore"), "triton"),
+        ("auto", ("diffusion.algo=mdlm", "diffusion.block_size=null", "data.documents=ignore"), "dense"),
+        ("auto", ("diffusion.algo=ar", "diffusion.block_size=null", "data.documents=ignore"), "dense"),
+        ("auto", ("diffusion.algo=ar", "diffusion.block_size=null", "data.documents=isolate"), "triton"),
+        ("auto", ("model.head_dim=8",), "dense"),
+        ("auto", ("model.head_dim=264",), "dense"),
+        ("auto", ("model.head_dim=256",), "triton"),
+        ("tree", (), "dense"),
+        ("flex", (), "dense"),
+    ],
+)
+def test_auto_is_counted_as_what_a_gpu_takes(backend: str, changes: tuple[str, ...], expected: str) -> None:
+    assert counted_attention(run(f"model.attention_backend={backend}", *changes)) == expected
+
+
+def test_the_head_sizes_counted_are_those_of_the_kernels(interpreted: None) -> None:
+    from bdtrain.config.activations import TRITON_HEAD_DIMS
+    from bdtrain_kernels.block_attention.support import backend_reasons
+
+    device = torch.device("cpu")  # interpreted here
+    for head_dim in range(2, 300, 2):
+        refused = bool(backend_reasons(device, head_dim=head_dim)["triton"])
+        assert refused == (head_dim not in TRITON_HEAD_DIMS), head_dim
+
+
+@pytest.mark.parametrize(
     ("ranks", "changes", "expected"),
     [
         (1, (), (1, 4 * LAYER)),
+        # Without masks, and the result in one memory instead of two.
+        (1, ("model.attention_backend=triton",), (1, 4 * 128 * (ROW - 4 * 64))),
+        # Under sequence parallelism the result is reordered: two memories again.
+        (
+            2,
+            ("model.attention_backend=triton", "parallel.tp=2", "parallel.sequence_parallel=true"),
+            (1, 4 * 128 * 4 * (1280 // 2 + 2 + 4 + 2)),
+        ),
+        (
+            1,
+            ("model.attention_backend=triton", "train.recompute=full"),
+            (1, 4 * INPUT + 128 * (ROW - 4 * 64) - INPUT),
+        ),
         # Half of the norms' rows; half of projection, heads and feed-forward part; masks whole.
         (
             2,
@@ -134,7 +191,17 @@ INPUT = 128 * 64 * 4
         # Inputs of four layers, and one layer made again.
         (1, ("train.recompute=full",), (1, 4 * INPUT + LAYER - INPUT)),
     ],
-    ids=["whole", "sequence parallel", "tp", "pp", "pp, one micro-batch", "recomputed"],
+    ids=[
+        "whole",
+        "triton",
+        "triton, sequence parallel",
+        "triton, recomputed",
+        "sequence parallel",
+        "tp",
+        "pp",
+        "pp, one micro-batch",
+        "recomputed",
+    ],
 )
 def test_activations_follow_the_layout(
     ranks: int, changes: tuple[str, ...], expected: tuple[int, int]
@@ -148,17 +215,31 @@ def test_the_last_stage_counts_where_its_head_is_the_largest_part() -> None:
     config = run(
         "model.num_layers=2", "train.micro_batch_size=1", "parallel.pp=2", "data.synthetic_vocab_size=100000"
     )
-    # 32 of 64 tokens masked: picked rows and their norm, the gradient; 100,096 rows of the head's gradient,
-    # twice in float32 and once more in the type of the weights.
-    head = 2 * 32 * 64 * 4 + 32 * 64 * 4 + 100_096 * 64 * 12
+    # 32 of 64 tokens masked: picked rows, their norm, its gradient; the gradient of 100,096 rows of the head,
+    # and all logits, which are less than a chunk may have.
+    head = 3 * 32 * 64 * 4 + 100_096 * 64 * 4 + 32 * 100_096 * 4
     assert estimate_activations(config, resolve_layout(config, 2)) == ActivationEstimate(1, LAYER, head)
 
 
-def test_head_shared_by_ranks_keeps_its_logits() -> None:
+def test_logits_of_the_head_take_a_quarter_of_a_gib_at_most() -> None:
+    config = run(
+        "model.num_layers=2",
+        "train.micro_batch_size=1",
+        "data.synthetic_vocab_size=100000",
+        "data.seq_len=4096",
+    )
+    found = estimate_activations(config, resolve_layout(config, 1)).head_bytes
+    # 2048 rows; 670 of them have 256 MiB of logits, less a part of a row.
+    assert found == 3 * 2048 * 64 * 4 + 100_096 * 64 * 4 + 670 * 100_096 * 4
+    assert 2**28 - 100_096 * 4 < 670 * 100_096 * 4 <= 2**28
+
+
+def test_ranks_that_share_the_head_keep_the_gradient_of_their_part() -> None:
     config = run("model.num_layers=2", "train.micro_batch_size=1", "parallel.tp=2", "train.precision=bf16")
     found = estimate_activations(config, resolve_layout(config, 2))
-    # 250 tokens are padded to 256, 128 a rank: per logit 4 float32 numbers and 2 of bf16.
-    assert found.head_bytes == 2 * 32 * 64 * 2 + 32 * 128 * (16 + 4)
+    # 250 tokens are padded to 256, 128 a rank. The weight's gradient in float32 and rounded, that of the
+    # picked rows as it is made and as it leaves.
+    assert found.head_bytes == 4 * 32 * 64 * 2 + 128 * 64 * (4 + 2)
 
 
 def test_a_run_without_a_known_vocabulary_says_what_is_left_out(tmp_path) -> None:

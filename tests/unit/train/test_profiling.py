@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import gzip
+import inspect
 import io
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from bdtrain.checkpoint.communicator import OneProcess
 from bdtrain.config import changed_settings, dump_resolved, fixed_changes, fixed_settings, load_config
 from bdtrain.errors import ConfigError
 from bdtrain.tracking.console import Console
-from bdtrain.train.profile_memory import CudaMemory, summarise_memory
+from bdtrain.train.profile_memory import MAX_ALLOCATIONS, CudaMemory, summarise_memory
 from bdtrain.train.profile_recording import Recording, check_complete
 from bdtrain.train.profiling import StepProfiler, check_ranks, schedule_ranges
 from tests.unit.config.helpers import load, only_problem
@@ -376,17 +378,59 @@ def test_marks_of_the_schedule_are_ranges_while_a_step_is_traced_only():
     assert counts == {"forward-backward": 1, "forward-compute": 2}
 
 
-def test_a_gpu_keeps_the_history_of_its_allocator_for_the_traced_steps_only(tmp_path, monkeypatch):
+@pytest.fixture
+def history(monkeypatch):
+    """CUDA's allocator and what is asked of it; its history is a number of the calls so far."""
     calls = []
-    library = torch.cuda.memory
-    monkeypatch.setattr(library, "_record_memory_history", lambda *a, **k: calls.append(a[0]))
-    monkeypatch.setattr(library, "_dump_snapshot", lambda path: Path(path).write_bytes(b"pickled"))
+
+    def switch(enabled, **_):
+        calls.append(enabled)
+
+    def snapshot():
+        calls.append("snapshot")
+        return {"calls": len(calls)}
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", switch)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", snapshot)
     monkeypatch.setattr("bdtrain.train.profile_recording.CpuMemory", CudaMemory)
+    return calls
+
+
+def test_a_gpu_keeps_the_history_of_its_allocator_for_the_traced_steps_only(tmp_path, history):
     run = Run(tmp_path, "profile.steps=2:3").steps(1)
-    assert calls == []
+    assert history == []
     with run.profiler.step(2):
-        assert calls == ["all"]
+        assert history == ["all"]
+    assert history == ["all", "snapshot", None]
     run.profiler.finish_if_over()
-    assert calls == ["all", None]
-    assert (tmp_path / "profile" / "memory-rank-00000-steps-2-2.pickle").read_bytes() == b"pickled"
+    assert history == ["all", "snapshot", None]
+    path = tmp_path / "profile" / "memory-rank-00000-steps-2-2.pickle"
+    assert pickle.loads(path.read_bytes()) == {"calls": 2}
     assert "memory-rank-00000-steps-2-2.pickle, for https://pytorch.org/memory_viz" in run.said
+
+
+def test_the_history_is_off_while_an_early_stop_saves_and_is_written_after_it(tmp_path, history):
+    run = Run(tmp_path, "profile.steps=2:9").steps(3)
+    run.profiler.halt()
+    assert history == ["all", "snapshot", None]
+    run.profiler.halt()
+    run.profiler.finish()
+    assert history == ["all", "snapshot", None]
+    path = tmp_path / "profile" / "memory-rank-00000-steps-2-3.pickle"
+    assert pickle.loads(path.read_bytes()) == {"calls": 2}
+
+
+def test_the_history_is_off_after_an_error_and_nobody_looks_at_it(tmp_path, history):
+    run = Run(tmp_path, "profile.steps=2:9").steps(2)
+    run.profiler.close()
+    assert history == ["all", None]
+    assert run.files == []
+
+
+def test_the_allocators_history_is_asked_for_as_torch_has_it():
+    # Private to torch, so that a new version may change it.
+    inspect.signature(torch.cuda.memory._record_memory_history).bind(
+        "all", stacks="python", max_entries=MAX_ALLOCATIONS
+    )
+    inspect.signature(torch.cuda.memory._record_memory_history).bind(enabled=None)
+    inspect.signature(torch.cuda.memory._snapshot).bind()
