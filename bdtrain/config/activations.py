@@ -40,15 +40,14 @@ from bdtrain.config.estimate import (
     FP32_BYTES,
     WEIGHT_BYTES,
     count_streams,
+    counted_attention,
     known_vocab_size,
     masked_share,
+    needs_mask,
     padded_vocab_size,
 )
 from bdtrain.config.layout import Layout
 from bdtrain.config.schema import RunConfig
-
-TRITON_HEAD_DIMS = range(16, 257, 8)
-"""Channels of a head that the Triton attention has. Said here again: the kernels' package imports torch."""
 
 CHUNK_BYTES = 256 << 20
 """Logits of the head that exist at a time on a GPU (``bdtrain_kernels.masked_cross_entropy``)."""
@@ -98,14 +97,6 @@ def estimate_activations(config: RunConfig, layout: Layout) -> ActivationEstimat
     return max(first, last, key=lambda stage: stage.total_bytes)
 
 
-def counted_attention(config: RunConfig) -> str:
-    """The attention that activations are counted for: "triton" or "dense"; see this module."""
-    model = config.model
-    if model.attention_backend == "auto":
-        return "triton" if _has_mask(config) and model.head_dim in TRITON_HEAD_DIMS else "dense"
-    return "triton" if model.attention_backend == "triton" else "dense"
-
-
 def _layer_bytes(config: RunConfig, layout: Layout) -> tuple[int, int]:
     """Bytes that a layer keeps of a micro-batch, and those made again for one layer at a time in backward."""
     model = config.model
@@ -113,7 +104,7 @@ def _layer_bytes(config: RunConfig, layout: Layout) -> tuple[int, int]:
     queries = model.num_heads * model.head_dim // layout.tp
     keys = model.num_kv_heads * model.head_dim // layout.tp
     dense = counted_attention(config) == "dense"
-    repeated = dense and model.num_heads > model.num_kv_heads and _has_mask(config)
+    repeated = dense and model.num_heads > model.num_kv_heads and needs_mask(config)
     residual = model.hidden_size // (layout.tp if config.parallel.sequence_parallel else 1)
     size = WEIGHT_BYTES[config.train.precision]
     noisy, clean = count_streams(config)
@@ -147,15 +138,9 @@ def _layer_bytes(config: RunConfig, layout: Layout) -> tuple[int, int]:
     return outside_bytes + inside_bytes - shared_bytes, 0
 
 
-def _has_mask(config: RunConfig) -> bool:
-    """Whether dense attention needs a mask: not over one block, nor for the causal triangle."""
-    noisy, clean = count_streams(config)
-    return config.data.documents == "isolate" or bool(noisy and clean)
-
-
 def _mask_numbers(config: RunConfig, layout: Layout) -> int:
     """Numbers in the masks of one layer."""
-    if not _has_mask(config):
+    if not needs_mask(config):
         return 0
     noisy, clean = count_streams(config)
     seq, isolated = config.data.seq_len, config.data.documents == "isolate"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from bdtrain.config.activations import counted_attention, estimate_activations
+from bdtrain.config.activations import estimate_activations
 from bdtrain.config.estimate import (
     FP32_BYTES,
     checkpoint_bytes,
     count_local_parameters,
     count_parameters,
+    counted_attention,
     estimate_memory,
     estimate_step_operations,
     known_vocab_size,
@@ -84,7 +85,7 @@ def summarise_time(config: RunConfig, layout: Layout) -> str:
     vocab = "" if known_vocab_size(config) else " without the head"
     share = f"{step.attention / step.total:.0%}"
     lines = [
-        f"  compute    {total:.2e} operations{vocab}, {share} of them dense attention with its masked pairs"
+        f"  compute    {total:.2e} operations{vocab}, {share} of them {counted_attention(config)} attention"
     ]
     seconds = [total / (layout.world_size * rate * 1e12) for rate in ACHIEVED_TFLOPS]
     # A run this short is no run for an accelerator.

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bdtrain.config import RunConfig, resolve_layout
-from bdtrain.config.activations import ActivationEstimate, counted_attention, estimate_activations
-from bdtrain.config.estimate import checkpoint_bytes, estimate_step_operations
+from bdtrain.config.activations import ActivationEstimate, estimate_activations
+from bdtrain.config.estimate import checkpoint_bytes, counted_attention, estimate_step_operations
 from bdtrain.config.summary import format_duration, summarise, summarise_layout, summarise_time
 from tests.unit.config.helpers import load
 
@@ -151,7 +151,7 @@ def test_auto_is_counted_as_what_a_gpu_takes(backend: str, changes: tuple[str, .
 
 
 def test_the_head_sizes_counted_are_those_of_the_kernels(interpreted: None) -> None:
-    from bdtrain.config.activations import TRITON_HEAD_DIMS
+    from bdtrain.config.estimate import TRITON_HEAD_DIMS
     from bdtrain_kernels.block_attention.support import backend_reasons
 
     device = torch.device("cpu")  # interpreted here
@@ -288,7 +288,7 @@ def test_operations_are_those_of_the_model_with_every_pair_of_the_dense_form(
     from bdtrain.model.config import build_transformer_config
     from bdtrain.model.flops import count_step_flops
 
-    config = run(*changes)
+    config = run(*changes, "model.attention_backend=dense")
     noisy = 0 if config.diffusion.algo == "ar" else config.diffusion.noise_copies
     clean = config.diffusion.algo != "mdlm"
     ours = estimate_step_operations(config)
@@ -308,7 +308,8 @@ def test_operations_are_those_of_the_model_with_every_pair_of_the_dense_form(
 
 def test_recomputation_costs_a_forward_pass() -> None:
     none, attention, full = (
-        estimate_step_operations(run(f"train.recompute={mode}")) for mode in ("none", "core_attn", "full")
+        estimate_step_operations(run(f"train.recompute={mode}", "model.attention_backend=dense"))
+        for mode in ("none", "core_attn", "full")
     )
     assert (attention.linear, 3 * attention.attention) == (none.linear, 4 * none.attention)
     assert (3 * full.linear, 3 * full.attention, full.head) == (
@@ -316,6 +317,26 @@ def test_recomputation_costs_a_forward_pass() -> None:
         4 * none.attention,
         none.head,
     )
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_operations_of_the_kernels_are_those_of_the_pairs_that_are_seen(copies: int) -> None:
+    from bdtrain.diffusion.visibility import build_layout
+    from bdtrain_kernels import dense_mask
+
+    changes = ("data.documents=ignore", f"diffusion.noise_copies={copies}", "model.attention_backend=triton")
+    config = run(*changes)
+    layout = build_layout(torch.zeros(1, 64, dtype=torch.int32), config.diffusion.block_size, isolate=False)
+    seen = [
+        int(dense_mask(layout, noisy_copies=copies, clean=True, queries=queries).sum())
+        for queries in ("all", "noisy")
+    ]
+    layers, queries = config.model.num_layers, config.model.num_heads * config.model.head_dim
+    pairs = 4 * (seen[0] * (layers - 1) + seen[1])  # rows of a step
+    # Two products forward, seven backward, each a multiplication and an addition.
+    assert estimate_step_operations(config).attention == pairs * queries * 2 * (2 + 7)
+    again = estimate_step_operations(run(*changes, "train.recompute=core_attn")).attention
+    assert again == pairs * queries * 2 * (2 + 2 + 7)
 
 
 def test_a_clip_range_changes_how_many_rows_reach_the_head() -> None:
