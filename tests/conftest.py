@@ -29,9 +29,9 @@ def triton_interpreter() -> None:
     """For tests that run Triton kernels: the interpreter, where there is no GPU, at a bearable speed."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         # Here: most tests do without importing triton.
-        from tests.fast_interpreter import quicken
+        from bdtrain.testing.interpreter import quicken_interpreter
 
-        quicken()
+        quicken_interpreter()
 
 
 @pytest.fixture

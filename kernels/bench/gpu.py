@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 
 def main() -> int:
@@ -36,6 +36,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.trial:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+        from bdtrain.testing.interpreter import quicken_interpreter
+
+        quicken_interpreter()
     import torch
 
     if not options.trial and not torch.cuda.is_available():

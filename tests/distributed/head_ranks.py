@@ -19,8 +19,10 @@ def compare_heads(rank: int, world: int) -> dict[str, Any]:
     """Everything, on this rank."""
     from bdtrain.parallel.cpu import install_cpu_shim
     from bdtrain.parallel.libraries import prepare_libraries
+    from bdtrain.testing.interpreter import quicken_interpreter
 
     prepare_libraries()
+    quicken_interpreter()
     torch.set_num_threads(1)
     install_cpu_shim()
     dist.init_process_group("gloo", init_method=os.environ["BDTRAIN_RENDEZVOUS"], rank=rank, world_size=world)

@@ -108,7 +108,7 @@ def test_output_and_gradients_equal_float64_at_every_length_and_block_size(seq):
         )
 
 
-@pytest.mark.soak
+@pytest.mark.gpu  # an hour and more for the interpreter
 @pytest.mark.parametrize("seq", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_whole_matrix_of_lengths_block_sizes_streams_heads_and_head_sizes(seq, dtype):

@@ -15,8 +15,12 @@ from typing import Any
 
 
 @functools.cache
-def quicken() -> None:
-    """Patch once per module. Does nothing where this version of Triton is built otherwise."""
+def quicken_interpreter() -> None:
+    """Make interpreted Triton kernels bearable, and right with any numpy; for tests and trials on a CPU.
+
+    Call it in a process that was started with ``TRITON_INTERPRET=1``. Does nothing where this version of
+    Triton is built otherwise.
+    """
     from triton.runtime import interpreter
 
     patch_tensor = getattr(interpreter, "_patch_lang_tensor", None)
