@@ -154,7 +154,7 @@ def start_attempt(
         if config.tracking.mlflow:
             shipper = start_shipper(config, folder)
             console.line(f"MLflow: {shipper.address}, run {run_name(config)}")
-    stack.enter_context(hear_kernels(console, metrics, progress))
+    stack.enter_context(hear_kernels(console, metrics, progress, device=parts.device))
     profiler = StepProfiler(
         config,
         device=parts.device,
@@ -183,12 +183,16 @@ def start_attempt(
 
 
 def hear_kernels(
-    console: Console, metrics: MetricsLog | None, progress: Progress
+    console: Console, metrics: MetricsLog | None, progress: Progress, *, device: torch.device
 ) -> AbstractContextManager[None]:
-    """Say and write down which form of each kernel runs, when it is chosen."""
+    """Write down which form of each kernel runs, when it is chosen.
+
+    Said on the console, too: of all kernels on a GPU, of attention alone on a CPU, where the others have one.
+    """
 
     def tell(kernel: str, backend: str, reason: str) -> None:
-        console.line(f"kernel {kernel}: {backend} ({reason})")
+        if device.type == "cuda" or kernel == "block_attention":
+            console.line(f"kernel {kernel}: {backend} ({reason})")
         if metrics is not None:
             metrics.event("kernel", progress.step, kernel=kernel, backend=backend, reason=reason)
 
