@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bdtrain.tracking.report.read import Column, Metrics, interpolate
+from bdtrain.tracking.report.columns import Column, Metrics, interpolate
 from bdtrain.tracking.report.style import escape
 
 MAX_POINTS = 1000

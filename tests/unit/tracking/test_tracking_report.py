@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from bdtrain.tracking.jsonl import MetricsLog, read_metrics
+from bdtrain.tracking.report.columns import read_columns
 from bdtrain.tracking.report.curves import format_error, format_value
-from bdtrain.tracking.report.read import read_columns, read_run
+from bdtrain.tracking.report.read import read_run
 from tests.unit.tracking.report_run import live_lock, make_run, read_page, train_line, validation_line
 
 

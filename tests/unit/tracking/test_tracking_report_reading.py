@@ -16,8 +16,8 @@ import pytest
 from bdtrain.errors import ConfigError
 from bdtrain.tracking.jsonl import MetricsLog, read_metrics
 from bdtrain.tracking.report import write_report
+from bdtrain.tracking.report.columns import COLUMNS, read_columns
 from bdtrain.tracking.report.curves import make_ticks, thin
-from bdtrain.tracking.report.read import COLUMNS, read_columns
 from tests.unit.tracking.report_run import Page, make_run, read_page, train_line, validation_line
 
 
