@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -22,6 +24,15 @@ SIZES = (
     "train.global_batch_size=4",
     "diffusion.block_size=8",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_world() -> Iterator[None]:
+    """One set of process groups for all: what autograd keeps holds on to them, and each has threads."""
+    from bdtrain.testing import single_process_groups
+
+    with single_process_groups():
+        yield
 
 
 def run(*overrides: str) -> RunConfig:
