@@ -5,6 +5,7 @@
 #   TORCH_INDEX_URL=URL               an index that offers torch's CPU builds, where pip's settings know none
 #   INPUT=path                        text for make quickstart: a file or a folder
 #   RANKS=2                           processes that train together in make quickstart
+#   REFIT=ray|inline|process|off      where make quickstart fits its noise plan again; installs Ray for ray
 #   RUN=runs/my-run                   the run that make dashboard shows
 #   ARGS="-k name -x"                 more arguments for pytest
 
@@ -12,11 +13,12 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test check fmt fmt-check lint types test-unit test-kernels test-dist \
 	test-reliability test-e2e bench clean \
-	dashboard env-run env-dev env-dashboard
+	dashboard env-run env-ray env-dev env-dashboard
 
 TORCH ?= auto
 INPUT ?=
 RANKS ?= 1
+REFIT ?=
 RUN ?= runs/quickstart/run
 ARGS ?=
 PY := .venv/bin/python
@@ -45,14 +47,18 @@ help: ## this list
 env-run:
 	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)"
 
+env-ray:
+	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)" --extras ray
+
 env-dev:
 	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)" --extras dev
 
 env-dashboard:
 	@$(FIND_PYTHON); "$$found" tools/set_up_venv.py --torch "$(TORCH)" --extras mlflow
 
-quickstart: env-run ## from text to a trained, evaluated model in minutes (INPUT=path for your own text, RANKS=2)
-	$(PY) tools/quickstart.py --ranks $(RANKS) $(if $(INPUT),--input "$(INPUT)")
+quickstart: $(if $(filter ray,$(REFIT)),env-ray,env-run) ## from text to a trained model in minutes (INPUT=your text, RANKS=2, REFIT=ray)
+	$(PY) tools/quickstart.py --ranks $(RANKS) $(if $(INPUT),--input "$(INPUT)") \
+		$(if $(REFIT),$(if $(filter off,$(REFIT)),refit.mode=off,refit.placement=$(REFIT)))
 
 dashboard: env-dashboard ## MLflow's page on a run (RUN=runs/my-run), on this machine only; Ctrl-C ends it
 	@$(PY) tools/open_dashboard.py "$(RUN)"

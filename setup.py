@@ -41,6 +41,7 @@ REQUIRES = [
     "omegaconf>=2.3,<3",
     "PyYAML>=6",
     "safetensors>=0.5",
+    "psutil>=5.9",
     "mlflow-skinny>=3.1,<4",
     # What its sqlite store needs and it does not bring.
     "sqlalchemy>=2,<3",
@@ -56,6 +57,10 @@ EXTRAS = {
     "ray": RAY,
     # The server with its web pages; clients need only what is always installed.
     "mlflow": ["mlflow>=3.1,<4"],
+    # Pictures of re-fits as PNG in MLflow, TensorBoard and W&B (the extra mlflow has it, too).
+    "plots": ["matplotlib>=3.8,<4"],
+    # Its files, offline (tracking.wandb).
+    "wandb": ["wandb>=0.18,<1"],
     # Kernels for GPUs. torch's CUDA builds bring the Triton that fits them.
     "gpu": ["triton>=3.5; platform_system == 'Linux'"],
     # Compiles for minutes; pip install --no-build-isolation 'bdtrain[flash]'.
@@ -67,6 +72,7 @@ EXTRAS = {
     # Tests, format, lint, types. Triton's interpreter and its compile tests run on a CPU.
     "dev": [
         *HF,
+        *RAY,
         "hypothesis>=6.100",
         "mypy>=1.15",
         "pytest>=8",

@@ -57,6 +57,12 @@ class NonFiniteError(BdtrainError):
     exit_code = 4
 
 
+class RefitError(BdtrainError):
+    """A re-fit of the noise plan cannot be done, or its result cannot be used."""
+
+    exit_code = 8
+
+
 def report_failure(error: BaseException, *, enabled: bool = True) -> int:
     """Print what ended a command, one message and no traceback, and say its exit code.
 

@@ -16,6 +16,7 @@ def main(arguments: list[str]) -> int:
     from bdtrain.config import check_paths, parse_command_line, resolve_layout
     from bdtrain.errors import BdtrainError, DataError, report_failure
     from bdtrain.parallel.launch_environment import read_launch
+    from bdtrain.tracking.shipper import check_writers
     from bdtrain.train.signals import StopRequest
 
     first, started, launch = True, False, None
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
         # What is wrong with the layout or the paths costs a second, not the imports below.
         layout = resolve_layout(command.config, launch.world_size)
         check_paths(command.config)
+        check_writers(command.config)
         # Listens before the long imports: a launcher that dies meanwhile must be noticed.
         with StopRequest() as stop:
             # torch, DeepSpeed and Megatron are imported only for a configuration that is right.

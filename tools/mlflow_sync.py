@@ -20,7 +20,6 @@ import yaml
 from bdtrain.config import RunConfig
 from bdtrain.errors import BdtrainError, ConfigError, report_failure
 from bdtrain.tracking.mlflow import (
-    MlflowStore,
     StoreOptions,
     default_uri,
     quiet_environment,
@@ -28,7 +27,7 @@ from bdtrain.tracking.mlflow import (
 )
 from bdtrain.tracking.names import run_name
 from bdtrain.tracking.run_files import CONFIG_FILE, METRICS_FILE
-from bdtrain.tracking.ship import SHIPPED, Shipping, only_shipper
+from bdtrain.tracking.ship import SHIPPED, Shipping, only_shipper, open_store
 from bdtrain.tracking.spool import RedactedStream, lines_left, redact
 
 
@@ -73,12 +72,12 @@ def ship_run(folder: Path, uri: str | None) -> int:
     store = StoreOptions(uri, experiment, name_of_run(folder, config), read_run_uid(folder))
     os.environ.update(quiet_environment())
     try:
-        with only_shipper(folder, wait=lambda: False):
+        with only_shipper(folder, uri, wait=lambda: False):
             before = lines_left(folder, uri)
             shipping = Shipping(
                 folder,
                 uri,
-                lambda run_id: MlflowStore(folder, store, run_id),
+                lambda run_id: open_store(folder, store, run_id),
                 attempt=None,
                 parent_alive=lambda: False,
                 say=print,

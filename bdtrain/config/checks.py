@@ -8,12 +8,14 @@ no effect (``find_ignored``): nothing a user writes is skipped in silence. An of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdtrain.config.problems import Problem, divisors_text, section_type
+from bdtrain.config.refit_rules import refit_conflicts, refit_without_effect
 from bdtrain.config.schema import DiffusionConfig, RunConfig, Section
+from bdtrain.config.schema.validation import HeldOutSet
 from bdtrain.errors import ConfigError
 
 SHARE_TOLERANCE = 1e-9
@@ -22,7 +24,7 @@ SHARE_TOLERANCE = 1e-9
 
 def find_conflicts(config: RunConfig) -> list[Problem]:
     """Breaches of the rules between settings, all of them."""
-    rules = (_model, _data, _blocks, _clip_range, _optim, _batches, _sample, _profile)
+    rules = (_model, _data, _blocks, _clip_range, _optim, _batches, _sample, _sets, _profile, refit_conflicts)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -86,8 +88,12 @@ def without_effect(config: RunConfig) -> dict[str, Reason]:
     if parallel.tp == 1 and parallel.sequence_parallel:
         ignore("parallel.tp", "1, which leaves nothing to split", "parallel.sequence_parallel")
     if not tracking.mlflow:
-        shipping = ["tracking.mlflow_uri", "tracking.experiment", "tracking.drain_timeout_s"]
-        ignore("tracking.mlflow", "false", *shipping)
+        ignore("tracking.mlflow", "false", "tracking.mlflow_uri")
+        if not (tracking.tensorboard or tracking.wandb):
+            words = "false, and so are the other writers"
+            ignore("tracking.mlflow", words, "tracking.experiment", "tracking.drain_timeout_s")
+    for switch, text, keys in refit_without_effect(config):
+        ignore(switch, text, *keys)
     if config.profile.steps is None:
         ignore("profile.steps", "null, which traces nothing", "profile.ranks", "profile.stacks")
     return table
@@ -99,11 +105,20 @@ def check_paths(config: RunConfig) -> None:
     Separate from validation, because a configuration may be checked on another machine.
 
     Raises:
-        ConfigError: if the corpus is missing.
+        ConfigError: if the corpus or a text of ``validation.sets`` is missing.
     """
-    if config.data.kind != "corpus" or config.data.path is None:
-        return
-    folder = Path(config.data.path)
+    if config.data.kind == "corpus" and config.data.path is not None:
+        _check_corpus(Path(config.data.path))
+    _check_sets(config.validation.sets)
+    start = config.train.init_from
+    if start is not None and not (Path(start) / "MANIFEST.json").is_file():
+        raise ConfigError(
+            f"train.init_from={start} is no model folder or checkpoint (working directory {Path.cwd()}); "
+            "give a folder with a MANIFEST.json, for example RUN/checkpoint, or train.init_from=null"
+        )
+
+
+def _check_corpus(folder: Path) -> None:
     make_it = (
         f"make it with: python tools/preprocess.py --input TEXT --tokenizer TOKENIZER.model --out {folder}"
     )
@@ -115,17 +130,45 @@ def check_paths(config: RunConfig) -> None:
         )
 
 
+def _check_sets(sets: Iterable[HeldOutSet]) -> None:
+    problems = [problem for entry in sets if (problem := _path_problem(entry)) is not None]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _set_key(entry: HeldOutSet) -> str:
+    return f"validation.sets, {entry.name}: path={entry.path}"
+
+
+def _path_problem(entry: HeldOutSet) -> str | None:
+    path, key = Path(entry.path), _set_key(entry)
+    wanted = "give a UTF-8 text file, or a corpus folder that tools/preprocess.py wrote"
+    if not path.exists():
+        return f"{key} does not exist (working directory {Path.cwd()}); {wanted}"
+    if path.is_dir() and not (path / "index.json").is_file():
+        return f"{key} holds no index.json, so it is not a finished corpus; {wanted}"
+    if not path.is_dir() and entry.split is not None:
+        return f"{key} is a file, and split={entry.split} would be ignored; remove it"
+    return None
+
+
 def absent_paths(config: RunConfig) -> list[str]:
     """Notes on files of another machine, for a plan: what is here must be right, what is not is not checked.
 
     Raises:
-        ConfigError: if the corpus is here, but not whole.
+        ConfigError: if something is here, but is not what it must be.
     """
+    absent = []
     path = config.data.path
-    if config.data.kind == "corpus" and path is not None and not Path(path).exists():
-        return [f"data.path={path} is not on this machine: not checked"]
-    check_paths(config)
-    return []
+    if config.data.kind == "corpus" and path is not None:
+        if Path(path).exists():
+            _check_corpus(Path(path))
+        else:
+            absent.append(f"data.path={path}")
+    sets = config.validation.sets
+    _check_sets(entry for entry in sets if Path(entry.path).exists())
+    absent += [_set_key(entry) for entry in sets if not Path(entry.path).exists()]
+    return [f"{what} is not on this machine: not checked" for what in absent]
 
 
 def _owner(config: RunConfig, key: str) -> tuple[Section, str]:
@@ -340,6 +383,15 @@ def _sample(config: RunConfig) -> Iterator[Problem]:
             f"validation.sample_tokens={sample.sample_tokens} is more than the one row of "
             f"data.seq_len={data.seq_len} that diffusion.algo=mdlm learns to fill; choose at most "
             f"{data.seq_len} (0 writes no sample)",
+        )
+
+
+def _sets(config: RunConfig) -> Iterator[Problem]:
+    if config.validation.sets and config.data.kind == "synthetic":
+        yield Problem(
+            ("validation.sets", "data.kind"),
+            "validation.sets with data.kind=synthetic, which has no tokenizer to read a text with; remove "
+            "them, or train on a corpus",
         )
 
 

@@ -209,12 +209,15 @@ class ValidationSet:
             are of one text.
     """
 
-    def __init__(self, source: Source, *, max_sequences: int | None = None) -> None:
+    def __init__(
+        self, source: Source, *, max_sequences: int | None = None, part: tuple[int, int] | None = None
+    ) -> None:
         """Choose the rows.
 
         Args:
             source: the held-out split.
             max_sequences: only so many; ``None`` is all.
+            part: of the rows so chosen only those from the first number up to the second.
 
         Raises:
             ConfigError: if ``max_sequences`` is below 1.
@@ -223,10 +226,10 @@ class ValidationSet:
             raise ConfigError(f"validation.sequences={max_sequences}; it must be at least 1, or null for all")
         self.fingerprint: Fingerprint = source.fingerprint
         self.tokenizer_info: TokenizerInfo = source.tokenizer_info
-        self.num_sequences = min(source.num_samples, max_sequences or source.num_samples)
-        self.numbers = tuple(
-            place * source.num_samples // self.num_sequences for place in range(self.num_sequences)
-        )
+        chosen = min(source.num_samples, max_sequences or source.num_samples)
+        numbers = tuple(place * source.num_samples // chosen for place in range(chosen))
+        self.numbers = numbers if part is None else numbers[slice(*part)]
+        self.num_sequences = len(self.numbers)
         self._source = source
         self._byte_lengths = torch.from_numpy(source.byte_lengths)
 

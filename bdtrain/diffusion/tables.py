@@ -196,7 +196,7 @@ def _linear_row(interval: tuple[float, float], n: int) -> tuple[np.ndarray, np.n
 
 def _cdf_difference(n: int, beta: float, omega: float) -> np.ndarray:
     """F(k; n, beta) - F(k; n, omega) for k = 0..n, to relative precision in both tails."""
-    pmf_beta, pmf_omega = _binomial(n, np.array([beta, omega]))
+    pmf_beta, pmf_omega = binomial_chances(n, np.array([beta, omega]))
     lower_beta, lower_omega = np.cumsum(pmf_beta), np.cumsum(pmf_omega)
     upper_beta, upper_omega = _upper_sums(pmf_beta), _upper_sums(pmf_omega)
     # Differences of two numbers near 1 lose the tail: take the side on which both are small.
@@ -209,8 +209,16 @@ def _upper_sums(pmf: np.ndarray) -> np.ndarray:
     return np.concatenate((np.cumsum(pmf[:0:-1])[::-1], [0.0]))
 
 
-def _binomial(n: int, p: np.ndarray) -> np.ndarray:
-    """Binom(k; n, p), float64 [p, n + 1]; p may be exactly 0 or 1."""
+def binomial_chances(n: int, p: np.ndarray) -> np.ndarray:
+    """How likely k of n tokens are masked when each is with chance p.
+
+    Args:
+        n: tokens.
+        p: chances in [0, 1], exact 0 and 1 included, [p].
+
+    Returns:
+        Binom(k; n, p) for k = 0..n, float64 [p, n + 1].
+    """
     k = torch.arange(n + 1, dtype=torch.float64)
     chance = torch.from_numpy(np.asarray(p, dtype=np.float64))[:, None]
     log_choose = math.lgamma(n + 1.0) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
@@ -234,7 +242,7 @@ def _quadrature_row(plan: NoisePlan, n: int) -> tuple[np.ndarray, np.ndarray]:
         root = (left + right) / 2 + (right - left) / 2 * nodes
         measure = weights * (right - left) / 2 * 2 * root
         t = torch.from_numpy(root**2)
-        pmf = _binomial(n, schedule.move_chance(t).numpy())
+        pmf = binomial_chances(n, schedule.move_chance(t).numpy())
         chances += measure @ pmf
         integral += (measure * schedule.loss_weight(t).numpy()) @ pmf
     integral[0] = 0.0
@@ -250,7 +258,7 @@ def _resampled_row(
     beta, omega = plan.interval
     nodes, weights = quadrature
     t = (beta + omega) / 2 + (omega - beta) / 2 * nodes
-    pmf = _binomial(n, t)
+    pmf = binomial_chances(n, t)
     allowed = np.zeros(n + 1)
     counts = plan.feasible_counts(n)
     allowed[counts.start : counts.stop] = 1.0

@@ -108,6 +108,11 @@ class ParallelVocabView:
         return self._hidden.shape[0]
 
     @property
+    def hidden(self) -> Tensor:
+        """Normed hidden states of the rows, [rows, hidden]."""
+        return self._hidden
+
+    @property
     def vocab_size(self) -> int:
         """Tokens of the vocabulary, [MASK] included, padding not."""
         return int(self._head.config.vocab_size)

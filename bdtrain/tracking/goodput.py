@@ -9,7 +9,7 @@ from typing import Any
 
 from bdtrain.tracking.jsonl import AttemptSpan
 
-ACTIVITIES = ("setup", "training", "data_wait", "validation", "checkpoint", "other", "lost", "down")
+ACTIVITIES = ("setup", "training", "data_wait", "validation", "checkpoint", "refit", "other", "lost", "down")
 """What the seconds of a run are divided into.
 
 ``training`` is forward, backward and update of steps that count; ``lost`` the work of an earlier attempt

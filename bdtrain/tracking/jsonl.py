@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bdtrain.tracking.names import EVENTS, METRICS, is_deterministic
+from bdtrain.tracking.names import EVENTS, find_metric, is_deterministic
 
 OWN_FIELDS = ("step", "attempt", "time", "event")
 NOT_FINITE = ("nan", "inf", "-inf")
@@ -82,7 +82,7 @@ class MetricsLog:
         Raises:
             KeyError: for a name that is not in the list.
         """
-        unknown = sorted(set(values) - set(METRICS))
+        unknown = sorted(name for name in values if find_metric(name) is None)
         if unknown:
             raise KeyError(f"metrics {unknown} are not in bdtrain/tracking/names.py")
         self._append(step, {name: _exact(value) for name, value in values.items()})
@@ -101,7 +101,7 @@ class MetricsLog:
         """
         if name not in EVENTS:
             raise KeyError(f"event {name!r} is not in bdtrain/tracking/names.py")
-        taken = sorted(set(facts) & {*METRICS, *OWN_FIELDS})
+        taken = sorted(name for name in facts if name in OWN_FIELDS or find_metric(name) is not None)
         if taken:
             raise KeyError(f"facts {taken} of event {name!r} have names of their own meaning; choose others")
         self._started |= name == "start"

@@ -3,16 +3,18 @@
 The part before the slash is the section under which MLflow's page shows the metric:
 
 * ``train/``: what was learned. Every one is a function of the run alone, the same bits after a restart.
-* ``val/``: likelihood of held-out text.
+* ``val/``: likelihood of held-out text; ``val_NAME/`` has the same of the set NAME of ``validation.sets``.
 * ``perf/``: speed.
 * ``fault/``: what went wrong and was survived.
 * ``ckpt/``: checkpoints.
+* ``sched/``: the noise plan and its re-fits. Functions of the run alone while no re-fit is late or fails.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -89,6 +91,24 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             "profiles", "profiles of this attempt that could not be written (with profile.steps)", False
         ),
         "fault/restarts": Metric("restarts", "times the run was started again", False),
+        "fault/refits_failed": Metric(
+            "re-fits", "re-fits so far that came to nothing, or whose schedule could not be used", False
+        ),
+        "fault/refits_late": Metric("re-fits", "re-fits so far that were not done when due", False),
+        "fault/refits_skipped": Metric("re-fits", "re-fits so far that met a pending one", True),
+        "sched/version": Metric("1", "results of re-fits so far; 0 is the plan of the configuration", True),
+        "sched/beta": Metric("move_chance", "lower bound of the clip range in force", True),
+        "sched/omega": Metric("move_chance", "upper bound of the clip range in force", True),
+        "sched/variance": Metric(
+            "nats^2/token^2", "variance of a block's loss per token under the plan before the re-fit", True
+        ),
+        "sched/variance_error": Metric("nats^2/token^2", "standard error of sched/variance", True),
+        "sched/variance_best": Metric("nats^2/token^2", "the same under the best plan of the search", True),
+        "sched/gain": Metric("1", "share by which the former is larger, by the re-fit's criterion", True),
+        "sched/p_best": Metric("1", "share of bootstrap draws in which the best plan was the best", True),
+        "sched/at_edge": Metric("1", "1 where the best plan lies at an edge of the grid", True),
+        "sched/nelbo": Metric("nats/token", "full bound on the rows of the re-fit", True),
+        "sched/nelbo_error": Metric("nats/token", "standard error of sched/nelbo", True),
         "ckpt/bytes": Metric("bytes", "size of the checkpoint", False),
         "ckpt/seconds": Metric("s", "wall time from the start of a save to its commit", False),
     }
@@ -101,6 +121,8 @@ EVENTS: Mapping[str, str] = MappingProxyType(
         "kernel": "a kernel chose the form that runs, and why",
         "checkpoint": "a checkpoint was committed",
         "checkpoint_failed": "a checkpoint could not be written; training went on",
+        "refit_begun": "a re-fit of the noise plan was begun; its plan is due at adopt_step",
+        "refit": "a re-fit was settled: its plan is used from this step on, or the plan stays",
         "profile_failed": "a profile could not be written; training went on",
         "rejected_checkpoint": "a checkpoint was found damaged when the run resumed, and passed over",
         "skipped": "a step was not finite and changed nothing",
@@ -115,13 +137,33 @@ LAST_EVENTS = frozenset({"stop", "failed", "end"})
 """Events after which an attempt writes nothing more."""
 
 
+_OF_A_SET = re.compile(r"val_(?!valid/)([a-z0-9_]{1,40})/([a-z_]+)")
+
+
+def set_section(name: str) -> str:
+    """The part before the slash in the metrics of a held-out set; the run's own rows are named ``valid``."""
+    return "val" if name == "valid" else f"val_{name}"
+
+
+def find_metric(name: str) -> Metric | None:
+    """A metric by its name, those of named held-out sets among them; None if there is no such metric."""
+    found = _OF_A_SET.fullmatch(name)
+    if found is None:
+        return METRICS.get(name)
+    own = METRICS.get(f"val/{found[2]}")
+    if own is None:
+        return None
+    meaning = own.meaning.replace("val/", f"val_{found[1]}/")
+    return replace(own, meaning=f"{meaning}; of the held-out set {found[1]}")
+
+
 def is_deterministic(name: str) -> bool:
     """Whether a metric's value must be the same bits after a restart.
 
     Args:
         name: of a metric; one that is not in the list is not deterministic.
     """
-    metric = METRICS.get(name)
+    metric = find_metric(name)
     return metric is not None and metric.deterministic
 
 

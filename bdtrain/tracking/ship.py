@@ -1,10 +1,12 @@
-"""The process that carries the metrics file to MLflow: ``python -m bdtrain.tracking.ship RUN_FOLDER``.
+"""The process that carries the metrics file to a store: ``python -m bdtrain.tracking.ship RUN_FOLDER``.
 
-A process of its own, because importing MLflow and setting up its database hold Python's lock for seconds: in
-a thread of the trainer, every step would wait for them (``bdtrain/tracking/README.md`` has the numbers). It
-reads what the trainer appends, keeps its place in ``mlflow_ship.json``, tries again for ever, and leaves
-when everything up to the end of the attempt is shipped, or when the trainer is gone. It may be killed
-at any moment: a batch that was not noted is shipped again, and MLflow keeps one of two equal points.
+The store is MLflow, TensorBoard's files or W&B's. A process of its own, because importing MLflow and
+setting up its database hold Python's lock for seconds: in a thread of the trainer, every step would wait for
+them (``bdtrain/tracking/README.md`` has the numbers). It reads what the trainer appends, keeps its place in a
+file (``mlflow_ship.json``), tries again for ever, and leaves when everything up to the end of the attempt is
+shipped, or when the trainer is gone. It may be killed at any moment: a batch that was not noted is shipped
+again, and the store keeps one of two equal points, or takes back what was not noted. Files are named by the
+events of the metrics file and stored the same way.
 """
 
 from __future__ import annotations
@@ -29,17 +31,23 @@ from bdtrain.tracking.mlflow import (
     quiet_environment,
     read_run_uid,
 )
+from bdtrain.tracking.pictures import has_matplotlib
 from bdtrain.tracking.run_files import METRICS_FILE
 from bdtrain.tracking.spool import (
-    LOCK_FILE,
+    SCHEDULES,
+    TENSORBOARD,
+    WANDB,
     Point,
     RedactedStream,
     ShipState,
     Tail,
     check_sum,
     ended,
+    lock_file,
+    place,
     redact,
 )
+from bdtrain.tracking.system import SystemSampler
 
 SHIPPED, LEFT_OVER, HOPELESS = 0, 1, 2
 """Exit codes. ``HOPELESS``: trying again cannot help: no MLflow is installed, or it knows no such address."""
@@ -50,6 +58,7 @@ CLOSING_BACKOFF_S = 2.0
 SLICE_S = 0.2
 STOP_GRACE_S = 20.0
 ORPHAN_DRAIN_S = 20.0
+FILE_RETRY_S = 60.0
 
 
 class Store(Protocol):
@@ -57,14 +66,21 @@ class Store(Protocol):
 
     run_id: str
 
+    @property
+    def mark(self) -> int:
+        """How much it has written, for one that takes back what was not noted; else 0."""
+
     def begin(self, start: dict[str, Any]) -> None:
         """Note that an attempt began."""
 
     def log(self, points: list[Point]) -> None:
         """Store points."""
 
+    def put(self, name: str) -> None:
+        """Store what a name stands for (``bdtrain.tracking.spool.files_of``)."""
+
     def finish(self, event: str, time_ms: int) -> None:
-        """Note how an attempt ended, and store the run's files."""
+        """Note how an attempt ended."""
 
 
 class Shipping:
@@ -81,6 +97,7 @@ class Shipping:
         clock: seconds that never run backwards.
         sleep: waits.
         say: writes one line to the log.
+        sample: measures the machine; its points are shipped beside those of the file.
     """
 
     def __init__(
@@ -96,11 +113,12 @@ class Shipping:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         say: Callable[[str], None] = print,
+        sample: Callable[[], list[Point]] = list,
     ) -> None:
         self.folder, self.path = folder, folder / METRICS_FILE
         self.attempt, self.parent_alive = attempt, parent_alive
         self.interval_s, self.backoff_limit_s = interval_s, backoff_limit_s
-        self.clock, self.sleep, self.say = clock, sleep, say
+        self.clock, self.sleep, self.say, self.sample = clock, sleep, say, sample
         self.state = ShipState.load(folder, store)
         self._open_store = open_store
         self._store: Store | None = None
@@ -109,6 +127,7 @@ class Shipping:
         self._stop_at: float | None = None
         self._orphan_since: float | None = None
         self._seen_size, self._seen_end = -1, False
+        self._files_again_at, self._said_pictures = -float("inf"), False
 
     def stop(self) -> None:
         """Leave with the end of the attempt, which a trainer that is saving has still to write, or soon."""
@@ -158,12 +177,17 @@ class Shipping:
         """
         store = self._store or self._open()
         batch = self._tail.read()
+        measured = self.sample()
+        if measured:
+            store.log(measured)
         if batch.last is None:
+            self._try_again(store)
             return False
         if batch.start is not None:
             store.begin(batch.start)
         if batch.points:
             store.log(batch.points)
+        left = self._put(store, list(dict.fromkeys([*self.state.files, *batch.files])))
         # A file that ends with "stop" goes on when the run is resumed.
         more = next(read_lines(self.path, batch.end), None) is not None
         finished = batch.ending is not None and not more
@@ -171,8 +195,31 @@ class Shipping:
             store.finish(batch.ending["event"], round(batch.ending["time"] * 1000))
         self._tail.advance(batch)
         self._batch_was_full = batch.full
-        self._note(finished=finished)
+        self._note(store, finished=finished, files=left)
         return more
+
+    def _put(self, store: Store, names: list[str]) -> list[str]:
+        """Store files; those that the store does not take wait, and hold nothing else up."""
+        left = []
+        for name in names:
+            if name.startswith(SCHEDULES) and not self._said_pictures and not has_matplotlib():
+                self._said_pictures = True
+                self.say("matplotlib is not installed: pictures of re-fits are SVG files, or left out")
+            try:
+                store.put(name)
+            except Exception as error:
+                left.append(name)
+                if name not in self.state.files:
+                    reason = f"{type(error).__name__}: {error}".split("\n")[0][:160]
+                    self.say(f"{name} was not stored: {redact(reason, os.environ)}")
+        self._files_again_at = self.clock() + FILE_RETRY_S
+        return left
+
+    def _try_again(self, store: Store) -> None:
+        if self.state.files and self.clock() >= self._files_again_at:
+            left = self._put(store, self.state.files)
+            if left != self.state.files:
+                self._note(store, finished=self.state.finished, files=left)
 
     def trouble(self, error: BaseException) -> None:
         """Note why nothing is shipped; a failure that lasts is said once."""
@@ -193,12 +240,18 @@ class Shipping:
         self._store = store
         return store
 
-    def _note(self, *, finished: bool) -> None:
+    def _note(self, store: Store, *, finished: bool, files: list[str]) -> None:
         if self.state.problem is not None:
             self.say("shipping again")
         offset = self._tail.offset
         self.state = ShipState(
-            self.state.store, self.state.run_id, offset, check_sum(self.path, offset), finished, None
+            self.state.store,
+            self.state.run_id,
+            offset,
+            check_sum(self.path, offset),
+            finished,
+            files=files,
+            mark=store.mark,
         )
         self.state.save(self.folder)
 
@@ -247,17 +300,18 @@ def is_hopeless(error: BaseException) -> bool:
 
 
 @contextmanager
-def only_shipper(folder: Path, *, wait: Callable[[], bool]) -> Iterator[None]:
-    """Hold the lock of a run's folder: two shippers at once would undo each other's notes.
+def only_shipper(folder: Path, store: str, *, wait: Callable[[], bool]) -> Iterator[None]:
+    """Hold a lock in a run's folder: two shippers to one writer would undo each other's notes.
 
     Args:
         folder: of the run.
+        store: its address.
         wait: asked while another one holds it; pauses and says whether to go on waiting.
 
     Raises:
         BlockingIOError: if another one holds it and ``wait`` says no.
     """
-    with (folder / LOCK_FILE).open("a") as file:
+    with (folder / lock_file(store)).open("a") as file:
         _lock(file, wait)
         yield
 
@@ -272,6 +326,30 @@ def _lock(file: IO[str], wait: Callable[[], bool]) -> None:
                 raise
 
 
+def open_store(folder: Path, options: StoreOptions, run_id: str | None) -> Store:
+    """Open the store that an address names.
+
+    Args:
+        folder: of the run.
+        options: which run of which store.
+        run_id: the store's name of the run, if known.
+
+    Raises:
+        Exception: whatever the store's library raises.
+    """
+    if options.uri == TENSORBOARD:
+        from bdtrain.tracking.tensorboard import TensorBoardStore
+
+        state = ShipState.load(folder, TENSORBOARD)
+        noted = state.mark if place(folder / METRICS_FILE, state) else 0
+        return TensorBoardStore(folder, options.run_name, noted)
+    if options.uri == WANDB:
+        from bdtrain.tracking.wandb import WandbStore
+
+        return WandbStore(folder, options)
+    return MlflowStore(folder, options, run_id)
+
+
 def main(arguments: list[str]) -> int:
     """Ship for a trainer.
 
@@ -281,7 +359,7 @@ def main(arguments: list[str]) -> int:
     # The shell's Ctrl-C and a scheduler's warning are for the trainer, which ends its attempt in its own way.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    parser = argparse.ArgumentParser(description="Carry a run's metrics to MLflow.")
+    parser = argparse.ArgumentParser(description="Carry a run's metrics to a store.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--name", required=True, help="of the run")
@@ -319,16 +397,17 @@ def main(arguments: list[str]) -> int:
             os._exit(LEFT_OVER)
 
     signal.signal(signal.SIGTERM, stop)
-    with only_shipper(options.folder, wait=wait):
+    with only_shipper(options.folder, uri, wait=wait):
         shipping = Shipping(
             options.folder,
             uri,
-            lambda run_id: MlflowStore(options.folder, settings, run_id),
+            lambda run_id: open_store(options.folder, settings, run_id),
             attempt=options.attempt,
             parent_alive=parent_alive,
             interval_s=options.interval,
             backoff_limit_s=options.backoff_limit,
             say=log_line,
+            sample=SystemSampler(options.folder / METRICS_FILE, options.parent, say=log_line).take,
         )
         stopped.append(shipping)
         return shipping.run()

@@ -19,12 +19,18 @@ from bdtrain.tracking.jsonl import OWN_FIELDS, last_record, read_lines
 from bdtrain.tracking.names import LAST_EVENTS, is_deterministic
 from bdtrain.tracking.run_files import METRICS_FILE
 
-STATE_FILE = "mlflow_ship.json"
-LOG_FILE = "mlflow_ship.log"
-LOCK_FILE = "mlflow_ship.lock"
+MLFLOW, TENSORBOARD, WANDB = WRITERS = ("mlflow", "tensorboard", "wandb")
+"""Where a run's metrics can go; the latter two stand for their own addresses as well."""
+
 MAX_POINTS = 1000
 """As many as MLflow takes at once."""
 CHECKED_BYTES = 256
+
+STARTING_FILES = ("config.yaml", "environment.json", "inputs")
+LAST_FILES = ("summary.json", "samples.jsonl", "report.html")
+CHECKPOINTS_FILE = "checkpoints.json"
+SCHEDULES = "schedule"
+"""What besides numbers is shipped, by name; ``schedule/step-N`` is a re-fit, ``inputs`` are the data."""
 
 _CREDENTIALS = re.compile(r"//[^/\s]*@")
 _SECRET_QUERY = re.compile(r"(?i)([?&;](?:password|passwd|pwd|token|secret|api_?key)=)[^&;\s'\"]+")
@@ -69,6 +75,26 @@ class RedactedStream(io.TextIOBase):
         return True
 
 
+def writer_of(store: str) -> str:
+    """Which writer an address belongs to."""
+    return store if store in (TENSORBOARD, WANDB) else MLFLOW
+
+
+def state_file(store: str) -> str:
+    """Name of the file in a run's folder that says how far it was shipped."""
+    return f"{writer_of(store)}_ship.json"
+
+
+def log_file(store: str) -> str:
+    """Name of the file in a run's folder with what a shipping process had to say."""
+    return f"{writer_of(store)}_ship.log"
+
+
+def lock_file(store: str) -> str:
+    """Name of the file in a run's folder that a shipping process locks."""
+    return f"{writer_of(store)}_ship.lock"
+
+
 @dataclass
 class ShipState:
     """How far the metrics file was shipped to one store.
@@ -80,6 +106,8 @@ class ShipState:
         check: CRC-32 of the last bytes before the offset: says whether it is still the same file.
         finished: whether the end of the last attempt was shipped.
         problem: what keeps the rest from being shipped, None if nothing does.
+        files: names of files that the store has not taken; they are tried again.
+        mark: how much the store had written itself, for one that takes back what was not noted.
     """
 
     store: str
@@ -88,11 +116,13 @@ class ShipState:
     check: int = 0
     finished: bool = False
     problem: str | None = None
+    files: list[str] = field(default_factory=list)
+    mark: int = 0
 
     @classmethod
     def load(cls, folder: Path, store: str) -> ShipState:
         """Read the state of a run's folder; a new one if there is none for this store."""
-        known = _read_stores(folder).get(redact(store))
+        known = _read_stores(folder / state_file(store)).get(redact(store))
         try:
             return cls(redact(store), **known) if known else cls(redact(store))
         except TypeError:
@@ -101,15 +131,16 @@ class ShipState:
     def save(self, folder: Path) -> None:
         """Replace the state file in one step; what it says of other stores is kept."""
         values = asdict(self)
-        stores = {**_read_stores(folder), values.pop("store"): values}
-        temporary = folder / f".tmp-{STATE_FILE}"
+        path = folder / state_file(self.store)
+        stores = {**_read_stores(path), values.pop("store"): values}
+        temporary = folder / f".tmp-{path.name}"
         temporary.write_text(json.dumps({"stores": stores}, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / STATE_FILE)
+        temporary.replace(path)
 
 
-def _read_stores(folder: Path) -> dict[str, Any]:
+def _read_stores(path: Path) -> dict[str, Any]:
     try:
-        stores = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["stores"]
+        stores = json.loads(path.read_text(encoding="utf-8"))["stores"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return stores if isinstance(stores, dict) else {}
@@ -134,10 +165,12 @@ class Batch:
         start: the last ``start`` event among them.
         last: the last line, None if there was none.
         full: whether lines were left that did not fit.
+        files: names of the files that these lines tell of.
     """
 
     end: int
     points: list[Point] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     start: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     full: bool = False
@@ -179,6 +212,7 @@ class Tail:
                 batch.full = True
                 break
             batch.points += points
+            batch.files += [name for name in files_of(record) if name not in batch.files]
             batch.end, batch.last = end, record
         return batch
 
@@ -216,6 +250,20 @@ class Tail:
                 values = {name: value for name, value in record.items() if name not in OWN_FIELDS}
                 found.setdefault(record["step"], {}).update(values)
         return found
+
+
+def files_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the files that an event tells of; none for a line of metrics."""
+    event = record.get("event")
+    if event == "start":
+        return STARTING_FILES
+    if event == "checkpoint":
+        return (CHECKPOINTS_FILE,)
+    step = record.get("snapshot_step")
+    # What is replayed after a restart was told before it.
+    if event == "refit" and isinstance(step, int) and record.get("replayed") is not True:
+        return (f"{SCHEDULES}/step-{step:09d}",)
+    return LAST_FILES if event in LAST_EVENTS else ()
 
 
 def _repeats(name: str, value: float, earlier: Mapping[str, float]) -> bool:

@@ -21,12 +21,14 @@ from bdtrain.config.resume import changed_settings
 from bdtrain.errors import BdtrainError, CheckpointError, ConfigError, NonFiniteError
 from bdtrain.parallel.groups import destroy_groups, host_group, init_groups
 from bdtrain.parallel.launch_environment import Launch
+from bdtrain.refit.backends import settle_placement
+from bdtrain.refit.snapshot import snapshots_folder
 from bdtrain.tracking.console import Console, format_count, format_seconds
 from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog, attempt_spans
-from bdtrain.tracking.mlflow import MlflowShipper
 from bdtrain.tracking.names import run_name
 from bdtrain.tracking.run_files import EXIT_FILE, METRICS_FILE, SUMMARY_FILE
+from bdtrain.tracking.shipper import Shippers, make_shippers
 from bdtrain.train.faults import Faults
 from bdtrain.train.folder import (
     RunFolder,
@@ -75,6 +77,7 @@ def train_from_config(
         BdtrainError: whatever stops the run, before any work is lost where that is possible.
     """
     check_ranks(config, layout.world_size)
+    settle_placement(config, on_gpus=torch.cuda.is_available())
     faults = Faults.from_environment(environment, launch.rank)
     folder = Path(config.run.folder)
     lock = RunLock(folder, tell=console.line)
@@ -133,6 +136,7 @@ def start_attempt(
     progress = Progress()
     facts: dict[str, Any] = {}
     clock: dict[str, Any] | None = None
+    saved = None
     if found.newest is not None:
         saved = open_together(found.newest, communicator)
         progress, facts = restore(saved, config, parts, communicator)
@@ -151,9 +155,9 @@ def start_attempt(
         metrics.event("start", progress.step, **environment_facts(), world_size=layout.world_size, **facts)
         for path, reason in found.rejected:
             metrics.event("rejected_checkpoint", progress.step, folder=path.name, reason=reason)
-        if config.tracking.mlflow:
-            shipper = start_shipper(config, folder)
-            console.line(f"MLflow: {shipper.address}, run {run_name(config)}")
+        shipper = start_shippers(config, folder)
+        for address in shipper.addresses:
+            console.line(f"{address}, run {run_name(config)}")
     stack.enter_context(hear_kernels(console, metrics, progress, device=parts.device))
     profiler = StepProfiler(
         config,
@@ -167,7 +171,7 @@ def start_attempt(
         first_step=progress.step + 1,
     )
     stack.callback(profiler.close)
-    return Trainer(
+    trainer = Trainer(
         config,
         layout,
         parts,
@@ -180,6 +184,11 @@ def start_attempt(
         faults=faults,
         profiler=profiler,
     )
+    stack.callback(trainer.refit.close)
+    trainer.refit.read_history()
+    if saved is not None:
+        trainer.refit.restore(saved.state)
+    return trainer
 
 
 def hear_kernels(
@@ -235,6 +244,7 @@ def open_books(
         goodput.add_earlier(clock, spans=attempt_spans(folder.path / METRICS_FILE))
         begin_attempt(folder, config, identity)
         clean_leftovers(folder.checkpoints)
+        clean_leftovers(snapshots_folder(folder.path))
         try:
             opened.append(stack.enter_context(MetricsLog(folder.path / METRICS_FILE, folder.attempt)))
         except (OSError, ValueError) as error:
@@ -264,18 +274,11 @@ def open_together(folder: Path, communicator: Communicator) -> TrainingState:
     return saved
 
 
-def start_shipper(config: RunConfig, folder: RunFolder) -> MlflowShipper:
-    """Begin to carry the run's metrics to MLflow, in a process of its own."""
-    shipper = MlflowShipper(
-        folder.path,
-        uri=config.tracking.mlflow_uri,
-        experiment=config.tracking.experiment,
-        run_name=run_name(config),
-        run_uid=folder.run_uid,
-        attempt=folder.attempt,
-    )
-    shipper.start()
-    return shipper
+def start_shippers(config: RunConfig, folder: RunFolder) -> Shippers:
+    """Begin to carry the run's metrics to each of ``tracking``'s writers, in processes of their own."""
+    shippers = make_shippers(config, folder.path, run_uid=folder.run_uid, attempt=folder.attempt)
+    shippers.start()
+    return shippers
 
 
 def restore(
@@ -413,6 +416,7 @@ def where_time_went(goodput: Mapping[str, float]) -> str:
         "validation_seconds": "validation",
         "data_wait_seconds": "waiting for data",
         "checkpoint_seconds": "checkpoints",
+        "refit_seconds": "re-fits",
         "lost_seconds": "lost to faults and skipped steps",
         "down_seconds": "down between attempts",
     }
@@ -439,6 +443,7 @@ def write_summary(path: Path, summary: RunSummary) -> None:
         "tokens": summary.tokens,
         "before": summary.before.to_dict() if summary.before else None,
         "after": summary.after.to_dict(),
+        "sets": {name: likelihood.to_dict() for name, likelihood in summary.sets.items()},
         "tokens_per_second": summary.tokens_per_second,
         "train_seconds": summary.train_seconds,
         "wall_seconds": summary.wall_seconds,

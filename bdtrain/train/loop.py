@@ -14,23 +14,27 @@ from bdtrain.checkpoint.folders import prune
 from bdtrain.checkpoint.save import SavedCheckpoint, save_training_state
 from bdtrain.config import RunConfig, dump_resolved
 from bdtrain.config.layout import Layout
+from bdtrain.config.schema.validation import MAIN_SET
 from bdtrain.data.loader import Batch
 from bdtrain.errors import CheckpointError, NonFiniteError
 from bdtrain.tracking.console import format_seconds
 from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog
-from bdtrain.tracking.mlflow import MlflowShipper
-from bdtrain.tracking.run_files import SAMPLES_FILE, WEIGHTS
+from bdtrain.tracking.run_artifacts import manifest_digest
+from bdtrain.tracking.run_files import EVALUATIONS_FILE, SAMPLES_FILE, WEIGHTS
+from bdtrain.tracking.shipper import Shippers
 from bdtrain.train.faults import Faults, FaultyDisk
 from bdtrain.train.folder import RunFolder, on_first_rank
 from bdtrain.train.optim import learning_rate
 from bdtrain.train.profiling import StepProfiler, part
 from bdtrain.train.progress import Progress, Window
+from bdtrain.train.refit_hooks import make_refit
 from bdtrain.train.setup import Parts
 from bdtrain.train.signals import StopRequest
 from bdtrain.train.step import StepResult, train_step
-from bdtrain.validation.generation import tokenizer_path
+from bdtrain.validation.generation import SampledText, tokenizer_path
 from bdtrain.validation.likelihood import Likelihood
+from bdtrain.validation.record import evaluation_line, set_metrics
 
 MAX_FAILED_CHECKPOINTS = 3
 """Saves in a row that may fail before the run gives up: more work at risk is no service."""
@@ -45,6 +49,7 @@ class RunSummary:
         tokens: counted tokens trained on.
         before: likelihood before the first step, None without ``validation.at_start`` or in a resumed run.
         after: likelihood after the last one; of the averaged weights where an average is kept.
+        sets: the same after the last step for each of ``validation.sets``, by name.
         tokens_per_second: counted tokens per second of training, evaluation left out.
         train_seconds: wall time of training, evaluation left out.
         wall_seconds: wall time from the first line to the last, all attempts together.
@@ -58,6 +63,7 @@ class RunSummary:
     tokens: int
     before: Likelihood | None
     after: Likelihood
+    sets: dict[str, Likelihood]
     tokens_per_second: float
     train_seconds: float
     wall_seconds: float
@@ -108,7 +114,7 @@ class Trainer:
         progress: Progress,
         *,
         metrics: MetricsLog | None,
-        shipper: MlflowShipper | None,
+        shipper: Shippers | None,
         goodput: Goodput,
         stop: StopRequest,
         faults: Faults,
@@ -121,6 +127,7 @@ class Trainer:
         self.engine, self.loader = parts.engine, parts.loader
         self.saved: SavedCheckpoint | None = None
         self.saved_seconds = 0.0
+        self.refit = make_refit(self)
 
     def run(self) -> RunSummary | Stopped:
         """The steps that are left, with validation before, in between and after.
@@ -136,11 +143,17 @@ class Trainer:
             config.validation.every_steps,
             config.checkpoint.every_steps,
         )
-        before = self.validate() if config.validation.at_start and progress.step == 0 else None
+        before = None
+        if config.validation.at_start and progress.step == 0:
+            before = self.validate()[MAIN_SET]
         while progress.step < steps:
             # At the top, so that a run which was ended between save and validation makes up for it.
             if every and progress.step % every == 0 and progress.validated < progress.step:
                 self.validate()
+            with self.goodput.during("refit"):
+                settled = self.refit.at(progress)
+            if not settled:
+                return self.leave()
             with self.profiler.step(progress.step + 1):
                 result, lr = self.one_step()
             done = progress.step
@@ -162,7 +175,8 @@ class Trainer:
             steps=progress.step,
             tokens=progress.tokens,
             before=before,
-            after=after,
+            after=after[MAIN_SET],
+            sets={name: likelihood for name, likelihood in after.items() if name != MAIN_SET},
             tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
             train_seconds=progress.train_seconds,
             wall_seconds=summary["wall_seconds"],
@@ -189,7 +203,7 @@ class Trainer:
         with self.goodput.during("training"), part("train step"):
             result = train_step(
                 self.engine,
-                self.parts.objective,
+                self.refit.objective,
                 batch,
                 seed=config.run.seed,
                 step=progress.step,
@@ -292,36 +306,51 @@ class Trainer:
         if news is not None:
             self.console.line(news)
 
-    def validate(self) -> Likelihood:
-        """Likelihood and a sample, with the averaged weights where there are any. Every rank takes part."""
+    def validate(self) -> dict[str, Likelihood]:
+        """Likelihood of every set and a sample, with the averaged weights where there are any.
+
+        Every rank takes part.
+
+        Returns:
+            By name of the set; the run's own held-out rows are ``MAIN_SET``.
+        """
         step = self.progress.step
         self.profiler.finish()
         self.progress.validated = step
         self.faults.at("validate", step)
+        found: dict[str, Likelihood] = {}
         with self.goodput.during("validation"), self.engine.averaged_weights() as averaged:
-            likelihood = self.parts.evaluator.likelihood(self.engine.module)
+            for evaluator in self.parts.evaluators:
+                name, likelihood = evaluator.held_out.name, evaluator.likelihood(self.engine.module)
+                found[name] = likelihood
+                weights = "averaged weights, " if averaged else ""
+                took = format_seconds(likelihood.seconds)
+                self.console.line(f"{name} at step {step} ({weights}{took}): {likelihood.describe()}")
             sample = self.parts.sampler.sample(self.engine.module, step)
-        name = "averaged weights, " if averaged else ""
-        self.console.line(
-            f"valid at step {step} ({name}{format_seconds(likelihood.seconds)}): {likelihood.describe()}"
-        )
-        values: dict[str, float | None] = {
-            "val/nelbo": likelihood.nelbo,
-            "val/nelbo_noise_error": likelihood.nelbo_noise_error,
-            "val/nelbo_text_error": likelihood.nelbo_text_error,
-            "val/ppl": likelihood.ppl,
-            "val/bpb": likelihood.bpb,
-            "val/tokens": likelihood.tokens,
-            "val/seconds": likelihood.seconds,
-        }
-        self.write({name: value for name, value in values.items() if value is not None})
-        if sample is not None and self.metrics is not None:
-            line = {"step": step, "attempt": self.folder.attempt, **sample.to_dict()}
-            try:
-                append_line(self.folder.path / SAMPLES_FILE, json.dumps(line, ensure_ascii=False))
-            except OSError as error:
-                self.console.line(f"the sample was not written: {error.strerror or error}")
-        return likelihood
+        self.write({metric: value for one in found.items() for metric, value in set_metrics(*one).items()})
+        self.keep(found, sample, averaged=averaged)
+        return found
+
+    def keep(self, found: dict[str, Likelihood], sample: SampledText | None, *, averaged: bool) -> None:
+        """Each likelihood with its manifest, and the sample; a disk that refuses is told and nothing more."""
+        if self.metrics is None:
+            return
+        step, attempt = self.progress.step, self.folder.attempt
+        try:
+            lines = [
+                evaluation_line(one, found[one.held_out.name], step=step, attempt=attempt, averaged=averaged)
+                for one in self.parts.evaluators
+            ]
+            append_line(self.folder.path / EVALUATIONS_FILE, "\n".join(lines))
+        except OSError as error:
+            self.console.line(f"the evaluations were not written: {error.strerror or error}")
+        if sample is None:
+            return
+        line = {"step": step, "attempt": attempt, **sample.to_dict()}
+        try:
+            append_line(self.folder.path / SAMPLES_FILE, json.dumps(line, ensure_ascii=False))
+        except OSError as error:
+            self.console.line(f"the sample was not written: {error.strerror or error}")
 
     def save(self) -> SavedCheckpoint:
         """Write the training state of this step; every rank takes part.
@@ -349,7 +378,13 @@ class Trainer:
         progress.checkpoints_failed_in_a_row = 0
         self.saved, self.saved_seconds = saved, self.saved_seconds + saved.seconds
         if self.metrics is not None:
-            self.metrics.event("checkpoint", progress.step, folder=saved.folder.name, bytes=saved.bytes)
+            self.metrics.event(
+                "checkpoint",
+                progress.step,
+                folder=saved.folder.name,
+                bytes=saved.bytes,
+                manifest_sha256=manifest_digest(saved.folder),
+            )
         self.write({"ckpt/bytes": saved.bytes, "ckpt/seconds": saved.seconds})
         self.console.line(f"saved {saved.folder.name} ({saved.bytes / 1e6:.1f} MB, {saved.seconds:.1f}s)")
         return saved
@@ -428,9 +463,7 @@ class Trainer:
             "progress": progress.to_dict(),
             "lr": {"next": self.learning_rate(), "schedule": self.config.optim.schedule},
             "algo": self.config.diffusion.algo,
-            "noise_plan": None if parts.plan is None else parts.plan.to_dict(),
-            # Plans with the step from which each was drawn from.
-            "noise_plan_history": [] if parts.plan is None else [[0, parts.plan.to_dict()]],
+            **self.refit.state(),
             "curriculum_phase": 0,
             "averaged": self.config.optim.ema_decay is not None and progress.applied > 0,
             "starts_with_bos": parts.sampler.starts_with_bos,

@@ -7,27 +7,30 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bdtrain.checkpoint.communicator import Communicator
+from bdtrain.checkpoint.weights import open_model
 from bdtrain.config import RunConfig
 from bdtrain.config.layout import Layout
 from bdtrain.config.summary import describe_objective
 from bdtrain.data import order
-from bdtrain.data.build import build_loader, build_source
+from bdtrain.data.build import build_loader
 from bdtrain.data.loader import Loader
 from bdtrain.data.source import check_fingerprint
 from bdtrain.diffusion import keyed
 from bdtrain.diffusion.build import build_objective, training_plan
 from bdtrain.diffusion.objectives.base import Objective
 from bdtrain.diffusion.plan import NoisePlan
-from bdtrain.errors import ConfigError, DataError, TokenizerError
+from bdtrain.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from bdtrain.model.build import build_model
 from bdtrain.model.flops import count_step_flops
 from bdtrain.model.init import global_parameters
 from bdtrain.model.transformer import TwoStreamTransformer
+from bdtrain.model.weights import load_full_state
 from bdtrain.parallel.engine import Engine, deepspeed_settings
 from bdtrain.parallel.groups import Launch, prepare_deepspeed
 from bdtrain.parallel.mpu import MegatronGrid
@@ -35,7 +38,7 @@ from bdtrain.parallel.peak import peak_tflops
 from bdtrain.tracking.console import Console, format_count
 from bdtrain.train.optim import AveragedAdamW, parameter_groups
 from bdtrain.train.step import StepResult
-from bdtrain.validation.evaluate import Evaluator
+from bdtrain.validation.evaluate import Evaluator, build_evaluators
 from bdtrain.validation.generation import RunSampler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,7 +53,7 @@ class Parts:
         loader: this rank's rows.
         objective: what is minimised.
         plan: noise plan of training; None for AR.
-        evaluator: measures the model on held-out rows.
+        evaluators: each measures the model on one held-out set; the run's own rows first.
         sampler: writes a sample.
         communicator: all ranks, for small values.
         console: prints on the first rank.
@@ -63,7 +66,7 @@ class Parts:
     loader: Loader
     objective: Objective
     plan: NoisePlan | None
-    evaluator: Evaluator
+    evaluators: tuple[Evaluator, ...]
     sampler: RunSampler
     communicator: Communicator
     console: Console
@@ -115,12 +118,13 @@ def build_parts(
         f"{format_count(config.tokens_per_step)} tokens; {epoch_tokens} tokens an epoch "
         f"from {source_name(config)}"
     )
-    valid = build_source(config.data, split="valid", seed=config.run.seed)
-    evaluator = Evaluator(config, valid, device=device, micro_batch_size=layout.micro_batch_size)
+    evaluators = build_evaluators(config, device=device, micro_batch_size=layout.micro_batch_size)
     sampler = RunSampler(config, loader.tokenizer_info)
     plan = training_plan(config.diffusion)
     objective = build_objective(config.diffusion, config.data, loader.tokenizer_info, plan)
     model = build_rank_model(config, groups, mask_id=loader.tokenizer_info.mask_id, device=device)
+    if config.train.init_from is not None:
+        load_first_weights(model, Path(config.train.init_from), loader, console)
     check_group_rules(config, model, communicator)
     counts = communicator.gather_objects(own_parameters(model) if groups.dp.rank() == 0 else 0)
     console.line(f"{format_count(sum(counts))} parameters on {describe_layout(config, layout)}")
@@ -131,7 +135,7 @@ def build_parts(
         loader=loader,
         objective=objective,
         plan=plan,
-        evaluator=evaluator,
+        evaluators=evaluators,
         sampler=sampler,
         communicator=communicator,
         console=console,
@@ -186,6 +190,37 @@ def build_rank_model(
         recompute=config.train.recompute,
         sequence_parallel=config.parallel.sequence_parallel,
     )
+
+
+def load_first_weights(model: TwoStreamTransformer, folder: Path, loader: Loader, console: Console) -> None:
+    """Begin with the weights of another run.
+
+    Args:
+        model: this rank's part; overwritten.
+        folder: model folder or checkpoint.
+        loader: of the run's data, whose tokenizer the weights must know.
+        console: told what was taken.
+
+    Raises:
+        CheckpointError: if the folder is damaged, or its weights are not this model's.
+        TokenizerError: if they were trained with another tokenizer.
+    """
+    try:
+        saved = open_model(folder)
+        before, now = saved.facts["tokenizer"], loader.tokenizer_info.to_dict()
+        if before != now:
+            raise TokenizerError(
+                f"train.init_from={folder} was trained with a tokenizer of {before['vocab_size']} ids "
+                f"(sha256 {str(before['sha256'])[:12]}), the data have one of {now['vocab_size']} ids "
+                f"(sha256 {str(now['sha256'])[:12]}); choose weights and corpus of one tokenizer"
+            )
+        load_full_state(model, saved.state())
+    except (CheckpointError, TokenizerError) as error:
+        # Every rank reads the same folder.
+        error.everywhere = True
+        raise
+    kind = "averaged weights" if saved.facts.get("averaged") else "weights"
+    console.line(f"begins with the {kind} of step {saved.facts.get('step')} of {folder}")
 
 
 def step_flops(config: RunConfig, transformer: Any) -> Callable[[StepResult], float]:

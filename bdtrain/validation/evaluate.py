@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,28 @@ import numpy as np
 import torch
 
 from bdtrain.checkpoint.weights import SavedModel, open_model
-from bdtrain.config import DataConfig, RunConfig
-from bdtrain.data.build import build_source
+from bdtrain.config import RunConfig
+from bdtrain.config.schema.validation import MAIN_SET
 from bdtrain.data.loader import ValidationSet
 from bdtrain.data.source import Row, Source
-from bdtrain.data.text_source import TextSource
 from bdtrain.data.tokenizer import Tokenizer
 from bdtrain.diffusion.build import build_objective, reported_plan
-from bdtrain.errors import DataError, TokenizerError
+from bdtrain.errors import DataError
 from bdtrain.model.build import build_model
 from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.model.weights import load_full_state
 from bdtrain.parallel.groups import init_groups, prepare_deepspeed
 from bdtrain.validation.baselines import Baselines, measure_baselines
+from bdtrain.validation.held_out import (
+    HeldOut,
+    Trained,
+    check_tokenizer,
+    open_held_out,
+    open_split,
+    open_text,
+)
 from bdtrain.validation.likelihood import Likelihood, evaluate_likelihood
+from bdtrain.validation.record import evaluation_manifest
 
 MICRO_BATCHES = 4
 """Micro-batches of training that an evaluation takes at a time."""
@@ -34,30 +44,35 @@ BASELINE_TOKENS = 50_000_000
 
 
 class Evaluator:
-    """Measures the model of a run on its held-out rows.
+    """Measures the model of a run on held-out rows.
 
     Args:
         config: the run; ``model.vocab_size`` is set.
-        source: the held-out rows.
+        held_out: the rows.
         device: where the model is.
         micro_batch_size: rows of a forward pass in training; evaluation takes four times as many.
         batch_size: rows per forward pass and rank, in place of that.
+
+    Attributes:
+        config: as given.
+        held_out: as given.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        source: Source,
+        held_out: HeldOut,
         *,
         device: torch.device,
         micro_batch_size: int | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self._config, self._device = config, device
+        self.config, self.held_out, self._device = config, held_out, device
+        source = held_out.source
         # Without a backward pass there is room for more rows.
         micro = micro_batch_size or config.train.micro_batch_size or config.train.global_batch_size
         self._batch_size = batch_size or MICRO_BATCHES * micro
-        self._rows = ValidationSet(source, max_sequences=config.validation.sequences)
+        self._rows = ValidationSet(source, max_sequences=held_out.sequences)
         self._token_bytes = torch.from_numpy(source.byte_lengths) if config.data.kind == "corpus" else None
         self._objective = build_objective(
             config.diffusion, config.data, source.tokenizer_info, reported_plan(config.diffusion)
@@ -68,9 +83,17 @@ class Evaluator:
         """Which rows of the source are measured."""
         return self._rows.numbers
 
+    @cached_property
+    def rows_sha256(self) -> str:
+        """Digest of the tokens of the measured rows, in order, as little-endian int64; reads all of them."""
+        digest = hashlib.sha256()
+        for number in self.row_numbers:
+            digest.update(np.ascontiguousarray(self.held_out.source.row(number), dtype="<i8").tobytes())
+        return digest.hexdigest()
+
     def likelihood(self, model: TwoStreamTransformer) -> Likelihood:
         """NELBO, perplexity and bits per byte with their errors."""
-        config = self._config
+        config = self.config
         return evaluate_likelihood(
             model,
             self._objective,
@@ -84,6 +107,26 @@ class Evaluator:
         )
 
 
+def build_evaluators(
+    config: RunConfig, *, device: torch.device, micro_batch_size: int | None
+) -> tuple[Evaluator, ...]:
+    """What a run measures at each validation: its own held-out rows first, then its sets in their order.
+
+    Args:
+        config: the run; ``model.vocab_size`` is set.
+        device: where the model is.
+        micro_batch_size: rows of a forward pass in training.
+
+    Raises:
+        DataError: if a text cannot be read.
+        TokenizerError: if a set was made with another tokenizer.
+    """
+    return tuple(
+        Evaluator(config, held_out, device=device, micro_batch_size=micro_batch_size)
+        for held_out in open_held_out(config)
+    )
+
+
 @dataclass(frozen=True)
 class SavedEvaluation:
     """Evaluation of a saved model, with what it takes to repeat it.
@@ -91,7 +134,7 @@ class SavedEvaluation:
     Attributes:
         likelihood: the numbers.
         baselines: on the same text, None if not asked for.
-        manifest: checkpoint, text, split, tokenizer, packing and seed.
+        manifest: of ``evaluation_manifest``.
     """
 
     likelihood: Likelihood
@@ -124,9 +167,14 @@ class SavedEvaluation:
 
 
 def load_saved(
-    folder: Path, *, device: torch.device | None = None
+    folder: Path, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[SavedModel, TwoStreamTransformer]:
     """Verify a model folder and build its model in this process.
+
+    Args:
+        folder: a model folder or a training checkpoint.
+        device: where the model is to be; a GPU if there is one, if None.
+        dtype: type of its parameters.
 
     Raises:
         CheckpointError: if the folder is damaged or its weights do not fit.
@@ -140,6 +188,7 @@ def load_saved(
         pg_collection=groups,
         mask_id=int(saved.facts["tokenizer"]["mask_id"]),
         device=device,
+        dtype=dtype,
     )
     load_full_state(model, saved.state())
     model.eval()
@@ -185,68 +234,34 @@ def evaluate_saved(
     )
     if baselines and section.kind == "synthetic":
         raise DataError("--baselines are in bits per byte, and synthetic data have no bytes; leave it out")
-    source = _evaluation_source(saved, section, text=text, split=split)
-    settings = config.validation.model_copy(update={"sequences": sequences, "replicates": replicates})
+    trained = Trained(str(saved.folder), str(saved.facts["tokenizer"]["sha256"]), saved.tokenizer)
+    if text is not None:
+        held_out = open_text(text, trained, seq_len=section.seq_len, name=MAIN_SET, sequences=sequences)
+    else:
+        held_out = open_split(section, split=split, seed=config.run.seed, sequences=sequences)
+        check_tokenizer(held_out, trained)
+    settings = config.validation.model_copy(update={"replicates": replicates})
     run = config.run.model_copy(update={"seed": config.run.seed if seed is None else seed})
     config = config.model_copy(update={"validation": settings, "run": run})
-    evaluator = Evaluator(config, source, device=next(model.parameters()).device, batch_size=batch_size)
+    evaluator = Evaluator(config, held_out, device=next(model.parameters()).device, batch_size=batch_size)
     likelihood = evaluator.likelihood(model)
     compared = None
     if baselines:
-        train_source = _open_corpus(saved, section, split="train")
+        fitted = open_split(section, split="train", seed=saved.config.run.seed)
+        check_tokenizer(fitted, trained)
         tokenizer = Tokenizer.load(Path(str(section.path)) / "tokenizer.model")
-        compared = compare_baselines(source, train_source, tokenizer, rows=evaluator.row_numbers)
+        compared = compare_baselines(held_out.source, fitted.source, tokenizer, rows=evaluator.row_numbers)
     return SavedEvaluation(
         likelihood=likelihood,
         baselines=compared,
-        manifest={
-            "checkpoint": str(checkpoint.resolve()),
-            "step": saved.facts.get("step"),
-            "text": str(text or data or config.data.path or "synthetic"),
-            "split": "text" if text else split,
-            "averaged_weights": bool(saved.facts.get("averaged")),
-            **_conditions(config, source, likelihood),
-        },
+        manifest=evaluation_manifest(
+            evaluator,
+            likelihood,
+            step=saved.facts.get("step"),
+            averaged=bool(saved.facts.get("averaged")),
+            checkpoint=str(checkpoint.resolve()),
+        ),
     )
-
-
-def _conditions(config: RunConfig, source: Source, likelihood: Likelihood) -> dict[str, Any]:
-    """What must be equal for two results to be comparable."""
-    return {
-        "sequences": likelihood.sequences,
-        "seq_len": config.data.seq_len,
-        "block_size": config.diffusion.block_size,
-        "documents": config.data.documents,
-        "tokenizer_sha256": source.tokenizer_info.sha256,
-        "data_fingerprint": dict(source.fingerprint),
-        "seed": config.run.seed,
-        "replicates": likelihood.replicates,
-        "eos_counted": True,
-    }
-
-
-def _evaluation_source(saved: SavedModel, section: DataConfig, *, text: Path | None, split: str) -> Source:
-    """The rows to evaluate on, of the model's tokenizer."""
-    if text is not None:
-        if saved.tokenizer is None:
-            raise DataError(
-                f"{saved.folder} was trained on synthetic data and has no tokenizer to read {text} with"
-            )
-        return TextSource(text, Tokenizer.load(saved.tokenizer), seq_len=section.seq_len)
-    return _open_corpus(saved, section, split=split)
-
-
-def _open_corpus(saved: SavedModel, section: DataConfig, *, split: str) -> Source:
-    """A split of a corpus that was made with the model's tokenizer."""
-    source = build_source(section, split=split, seed=saved.config.run.seed)
-    ours, theirs = str(saved.facts["tokenizer"]["sha256"]), source.tokenizer_info.sha256
-    if ours != theirs:
-        raise TokenizerError(
-            f"{section.path} was made with another tokenizer (sha256 {theirs[:12]}...) than "
-            f"{saved.folder} was trained with ({ours[:12]}...); make a corpus with "
-            f"tools/preprocess.py --tokenizer {saved.folder / 'tokenizer.model'}"
-        )
-    return source
 
 
 def compare_baselines(

@@ -157,11 +157,11 @@ def evaluate_likelihood(
                     )
                     for part in split_evenly(mine, groups.pp.size())
                 ]
-                losses = _token_losses(model, objective, micro_batches)
+                losses = token_losses(model, objective, micro_batches)
                 counted = torch.cat([part.corrupted.counted for part in micro_batches])
                 # One more channel carries which tokens count, so that one gather brings everything.
                 table = torch.cat((losses, counted.double().unsqueeze(1)), dim=1)
-                table = _gather_rows(table, groups)[: len(everyones.tokens)]
+                table = gather_rows(table, groups)[: len(everyones.tokens)]
                 sums.add(everyones, table[:, -1].bool(), table[:, :-1], token_bytes)
     finally:
         model.train(was_training)
@@ -174,7 +174,7 @@ def split_evenly(batch: Batch, parts: int) -> list[Batch]:
     return split_rows(batch, rows // parts if rows % parts == 0 else rows)
 
 
-def _gather_rows(table: Tensor, groups: Any) -> Tensor:
+def gather_rows(table: Tensor, groups: Any) -> Tensor:
     """The last pipeline stage's values of all data-parallel ranks, in the order of the global batch.
 
     Args:
@@ -193,7 +193,7 @@ def _gather_rows(table: Tensor, groups: Any) -> Tensor:
     return everyones.cpu()
 
 
-def _token_losses(model: nn.Module, objective: Objective, micro_batches: list[MicroBatch]) -> Tensor:
+def token_losses(model: nn.Module, objective: Objective, micro_batches: list[MicroBatch]) -> Tensor:
     """Weighted loss at each position, through the training schedule.
 
     Returns:

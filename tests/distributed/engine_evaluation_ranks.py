@@ -34,22 +34,25 @@ def evaluate(rank: int, world: int, listed: list[dict[str, Any]]) -> dict[str, A
     twin = plain_training(Case(), alone, STEPS)
     make_grid(Case())  # no stages: the serial model goes through the schedule, too
     told: dict[str, Any] = {"cases": []}
-    for name in ("ema", "master"):
+    for name in ("master", "ema"):
         load_full_state(serial, twin.state[name])
         told[f"plain {name}"] = plain_nelbo(serial)
         told[f"serial {name}"] = likelihood(serial)
+    told["serial blocks"] = blocks(serial)
     for case in cases_from(listed):
         groups = make_grid(case)
         with training(case, groups, STEPS) as run:
             before = snapshot(run)
             with run.engine.averaged_weights() as averaged:
                 measured = likelihood(run.engine.module)
+                measured_blocks = blocks(run.engine.module)
             restored = same_bits(before, snapshot(run))
             load_full_state(serial, assemble(run))
             told["cases"].append(
                 {
                     "averaged": averaged,
                     "ema": measured,
+                    "blocks": measured_blocks,
                     "restored": restored,
                     "master": likelihood(run.engine.module),
                     "sample": sample(run.engine.module, case),
@@ -86,6 +89,17 @@ def likelihood(model: Any) -> dict[str, Any]:
         exact=False,
     ).to_dict()
     return {name: value for name, value in found.items() if name != "seconds"}
+
+
+def blocks(model: Any) -> dict[str, list[float]]:
+    """Columns of the records of a re-fit."""
+    from bdtrain.data.loader import ValidationSet
+    from bdtrain.refit.measure import measure_blocks
+
+    found = measure_blocks(
+        model, reported_objective(), ValidationSet(RaggedRows()), batch_size=BATCH, seed=SEED, device=CPU
+    )
+    return {name: column.tolist() for name, column in found.to_arrays().items()}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Likelihood of the averaged weights, and samples, are the serial model's under every layout."""
+"""Likelihood of the averaged weights, blocks of a re-fit, and samples are the serial model's everywhere."""
 
 from __future__ import annotations
 
@@ -47,6 +47,17 @@ def test_likelihood_equals_the_serial_one_on_every_rank(ranks, found):
                 exact = isinstance(value, str | bool)
                 assert value == (wanted[name] if exact else pytest.approx(wanted[name], rel=1e-5)), name
     assert ranks[0]["ema"] == ranks[1]["ema"]
+
+
+def test_blocks_of_a_re_fit_equal_the_serial_ones_on_every_rank(ranks, found):
+    wanted = found[0]["serial blocks"]
+    # 21 rows in batches of 4: the last one is not whole, and two ranks must fill it up.
+    assert set(wanted["sequence"]) == set(range(21)) and len(wanted["nll"]) > 60
+    for told in ranks:
+        for name in ("sequence", "maskable", "masked"):
+            assert told["blocks"][name] == wanted[name], name
+        assert told["blocks"]["nll"] == pytest.approx(wanted["nll"], rel=1e-5)
+    assert ranks[0]["blocks"] == ranks[1]["blocks"]
 
 
 def test_averaged_weights_are_others_and_only_for_the_time_of_the_block(ranks, found):

@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from forked_refits import FORK, fork_refits
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = "BDTRAIN_TEST_RECORD"
 """Environment variable of a rank: where it writes a digest of every row that it trained on."""
@@ -154,10 +156,12 @@ def import_everything() -> dict[str, Any]:
     import megatron.core.pipeline_parallel.schedules  # noqa: F401
     import torch._dynamo  # noqa: F401
 
+    import bdtrain.refit.worker
     import bdtrain.train.launch  # noqa: F401
 
     launchers = {}
-    for path in ("launchers/pretrain.py", "launchers/evaluate_checkpoint.py", "launchers/sample_text.py"):
+    for name in ("pretrain", "evaluate_checkpoint", "sample_text", "refit_schedule"):
+        path = f"launchers/{name}.py"
         spec = importlib.util.spec_from_file_location(f"launcher_{Path(path).stem}", ROOT / path)
         assert spec is not None and spec.loader is not None
         launchers[path] = importlib.util.module_from_spec(spec)
@@ -183,6 +187,8 @@ def be_rank(
             record_rows(Path(environment[RECORD]))
         if SAVE_TO in environment:
             save_elsewhere(Path(environment[SAVE_TO]))
+        if FORK in environment:
+            fork_refits()
         code = launchers[command[0]].main(command[1:])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1

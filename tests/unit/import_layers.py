@@ -47,10 +47,15 @@ NEVER = {
 }
 """Packages that a room does not import even inside a function."""
 
-HOMES = {"ray": ("bdtrain/refit/ray_backend.py",), "mlflow": ("bdtrain/tracking/mlflow.py",)}
+HOMES = {
+    "ray": ("bdtrain/refit/ray_backend.py",),
+    "mlflow": ("bdtrain/tracking/mlflow.py",),
+    "wandb": ("bdtrain/tracking/wandb.py",),
+    "matplotlib": ("bdtrain/tracking/pictures.py",),
+}
 """Files outside of which a package is not imported at all."""
 
-LAZY = ("ray", "mlflow", "triton", "flash_attn", "flash_attn_interface")
+LAZY = ("ray", "mlflow", "triton", "flash_attn", "flash_attn_interface", "wandb", "matplotlib")
 """Not needed by every run: imported inside functions, or at the top of a file that is itself imported so."""
 
 LAZY_HOMES = {
@@ -59,6 +64,8 @@ LAZY_HOMES = {
     "flash_attn_interface": (f"kernels/{KERNELS}/",),
     "ray": ("bdtrain/refit/ray_backend.py",),
     "mlflow": (),
+    "wandb": (),
+    "matplotlib": (),
 }
 """Where a top-level import of such a package is right.
 

@@ -9,6 +9,7 @@ from bdtrain.config.schema.model import ModelConfig
 from bdtrain.config.schema.optim import OptimConfig, ParameterGroup, TrainConfig
 from bdtrain.config.schema.parallel import ParallelConfig
 from bdtrain.config.schema.profile import ProfileConfig
+from bdtrain.config.schema.refit import RefitConfig
 from bdtrain.config.schema.root import RunConfig
 from bdtrain.config.schema.run import RunSection
 from bdtrain.config.schema.tracking import TrackingConfig
@@ -25,6 +26,7 @@ __all__ = [
     "ParameterGroup",
     "PlanConfig",
     "ProfileConfig",
+    "RefitConfig",
     "RunConfig",
     "RunSection",
     "Section",

@@ -122,6 +122,14 @@ class TrainConfig(Section):
         "global_batch_size / dp. Memory only: the result does not depend on it. null means all of them.",
         ge=1,
     )
+    init_from: str | None = setting(
+        None,
+        unit="path",
+        description="Model folder or checkpoint whose weights the run begins with, averaged ones where it "
+        "has any: of the same shape and tokenizer, trained with any objective or block size. null begins at "
+        "random.",
+        min_length=1,
+    )
     precision: Literal["fp32", "bf16"] = setting(
         "fp32",
         unit=NO_UNIT,

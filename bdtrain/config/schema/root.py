@@ -13,6 +13,7 @@ from bdtrain.config.schema.model import ModelConfig
 from bdtrain.config.schema.optim import OptimConfig, TrainConfig
 from bdtrain.config.schema.parallel import ParallelConfig
 from bdtrain.config.schema.profile import ProfileConfig
+from bdtrain.config.schema.refit import RefitConfig
 from bdtrain.config.schema.run import RunSection
 from bdtrain.config.schema.tracking import TrackingConfig
 from bdtrain.config.schema.validation import CheckpointConfig, ValidationConfig
@@ -40,6 +41,9 @@ class RunConfig(Section):
     )
     validation: ValidationConfig = Field(
         default_factory=ValidationConfig, description="Likelihood on held-out rows and samples."
+    )
+    refit: RefitConfig = Field(
+        default_factory=RefitConfig, description="The noise plan fitted again while the model learns."
     )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What is kept.")
     tracking: TrackingConfig = Field(

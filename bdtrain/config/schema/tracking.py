@@ -6,7 +6,7 @@ from bdtrain.config.schema.fields import NO_UNIT, Section, setting
 
 
 class TrackingConfig(Section):
-    """Shipping of metrics to MLflow; ``metrics.jsonl`` in the run's folder is written in any case."""
+    """Shipping of metrics; ``metrics.jsonl`` in the run's folder is written in any case."""
 
     mlflow: bool = setting(True, unit=NO_UNIT, description="Ship metrics to MLflow.")
     mlflow_uri: str | None = setting(
@@ -14,6 +14,18 @@ class TrackingConfig(Section):
         unit="URI",
         description="Tracking server of MLflow. null means a sqlite file in the run's folder.",
         min_length=1,
+    )
+    tensorboard: bool = setting(
+        False,
+        unit=NO_UNIT,
+        description="Write metrics for TensorBoard too, into the folder tensorboard of the run. Needs no "
+        "package; to look at them: tensorboard --logdir.",
+    )
+    wandb: bool = setting(
+        False,
+        unit=NO_UNIT,
+        description="Write metrics for Weights & Biases too, offline, into the folder wandb of the run; "
+        "wandb sync uploads it. Needs the package wandb.",
     )
     experiment: str = setting(
         "bdtrain", unit=NO_UNIT, description="Experiment that the run belongs to.", min_length=1

@@ -2,9 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from bdtrain.config.schema.fields import NO_UNIT, Int, Section, setting
+from pydantic import BeforeValidator, field_validator
+
+from bdtrain.config.schema.fields import NO_UNIT, Int, Section, as_tuple, setting
+
+MAIN_SET = "valid"
+"""Name of the run's own held-out rows."""
+
+_SET_NAME = re.compile(r"[a-z0-9_]{1,40}")
+
+
+class HeldOutSet(Section):
+    """A text beside the run's own held-out rows."""
+
+    name: str = setting(
+        unit=NO_UNIT,
+        description="Of its metrics, val_NAME/nelbo; lower case letters, digits and underscores.",
+    )
+    path: str = setting(
+        unit="path",
+        description="A UTF-8 text file, or a corpus folder made with the run's tokenizer; relative to the "
+        "working directory.",
+        min_length=1,
+    )
+    split: Literal["train", "valid"] | None = setting(
+        None,
+        unit=NO_UNIT,
+        description="Split of the corpus. null means valid, or train in a corpus without one.",
+    )
+    sequences: Int | None = setting(
+        None, unit="rows", description="Rows to use, spread evenly over the text. null means all.", ge=1
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not _SET_NAME.fullmatch(value):
+            raise ValueError(
+                "it is part of the names of metrics: 1 to 40 lower case letters, digits and underscores"
+            )
+        if value == MAIN_SET:
+            raise ValueError("that is the name of the run's own held-out rows; choose another one")
+        return value
+
+
+HeldOutSets = Annotated[
+    tuple[HeldOutSet, ...], BeforeValidator(as_tuple, json_schema_input_type=list[HeldOutSet])
+]
 
 
 class ValidationConfig(Section):
@@ -29,6 +76,13 @@ class ValidationConfig(Section):
         description="Independent noise draws per row; two or more give the noise part of the standard error.",
         ge=2,
     )
+    sets: HeldOutSets = setting(
+        (),
+        unit=NO_UNIT,
+        description="More texts that every validation measures, a list of {name: NAME, path: PATH, split: "
+        "null, sequences: null}: UTF-8 text files, which are read with the run's tokenizer, and corpora made "
+        "with it. Their metrics are val_NAME/nelbo and so on.",
+    )
     sample_tokens: Int = setting(
         64, unit="tokens", description="Tokens of the sample written at each validation; 0 writes none.", ge=0
     )
@@ -43,6 +97,15 @@ class ValidationConfig(Section):
         ge=1,
     )
     sample_prompt: str = setting("", unit="text", description="Text that the sample continues.")
+
+    @field_validator("sets")
+    @classmethod
+    def _have_names_of_their_own(cls, value: tuple[HeldOutSet, ...]) -> tuple[HeldOutSet, ...]:
+        names = [entry.name for entry in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sets have the name {', '.join(twice)}; give each a name of its own")
+        return value
 
 
 class CheckpointConfig(Section):

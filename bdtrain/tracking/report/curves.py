@@ -219,7 +219,7 @@ def _draw_on_axis(
     def down(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_grid(across, down, ticks, make_ticks(begin, end, 5), axis.unit)]
+    parts = [draw_grid(across, down, ticks, make_ticks(begin, end, 5), axis.unit)]
     parts += [_level(name, down(level), number) for number, (name, level) in enumerate(curve.levels.items())]
     for mark in marks[:MAX_MARKS]:
         place = axis.place(mark.step, mark.time)
@@ -248,13 +248,22 @@ def _draw_on_axis(
     )
 
 
-def _grid(
+def draw_grid(
     across: Callable[[float], float],
     down: Callable[[float], float],
     rows: Sequence[float],
     columns: Sequence[float],
     unit: str,
 ) -> str:
+    """Lines, ticks and their labels.
+
+    Args:
+        across: pixel of a horizontal place.
+        down: pixel of a value.
+        rows: values with a line.
+        columns: places with a tick.
+        unit: of the places.
+    """
     parts = []
     for row in rows:
         y = down(row)

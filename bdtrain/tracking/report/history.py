@@ -9,40 +9,49 @@ from typing import Any
 
 from bdtrain.tracking.console import format_count, format_seconds
 from bdtrain.tracking.goodput import ACTIVITIES
-from bdtrain.tracking.names import METRICS
+from bdtrain.tracking.names import find_metric
+from bdtrain.tracking.refits import NO_RESULT
+from bdtrain.tracking.report.columns import Column
 from bdtrain.tracking.report.curves import Curve, Mark, draw_curve, make_axes, thin
 from bdtrain.tracking.report.read import Run, number, utc
-from bdtrain.tracking.report.results import is_exact, read_baselines
+from bdtrain.tracking.report.results import is_exact, list_sets, read_baselines
+from bdtrain.tracking.report.schedule import RANGE, draw_clip_range
 from bdtrain.tracking.report.style import escape
 from bdtrain.tracking.run_files import CHECKPOINTS, METRICS_FILE
 
 MAX_EVENT_ROWS = 200
 MAX_SAMPLE_CHARACTERS = 20_000
+MAX_SET_CURVES = 8
 MAX_OTHER_CURVES, MAX_OTHER_POINTS = 40, 200
-ERROR_BARS = frozenset({"val/nelbo_noise_error", "val/nelbo_text_error"})
-FAULTS = ("skipped", "failed", "checkpoint_failed", "rejected_checkpoint")
+ERROR_BARS = ("/nelbo_noise_error", "/nelbo_text_error")
+FAULTS = ("skipped", "failed", "checkpoint_failed", "rejected_checkpoint", "profile_failed")
+
+
+def is_fault(event: Mapping[str, Any]) -> bool:
+    """Whether an event tells of something that went wrong, a re-fit without a result among them."""
+    return event["event"] in FAULTS or (event["event"] == "refit" and event.get("outcome") in NO_RESULT)
 
 
 def list_curves(run: Run) -> list[Curve]:
     """What there is to draw, in the order of the page."""
     columns = run.metrics.columns
-    noise, sample = (columns[f"val/nelbo_{part}_error"].by_step() for part in ("noise", "text"))
-    both = {step: math.hypot(noise.get(step, 0.0), sample.get(step, 0.0)) for step in {**noise, **sample}}
-    nelbo, bpb = columns["val/nelbo"].by_step(), columns["val/bpb"].by_step()
-    scale = {step: bpb[step] / nelbo[step] for step in bpb if nelbo.get(step)}
-
-    def in_bits(errors: Mapping[int, float]) -> dict[int, float]:
-        return {step: error * scale[step] for step, error in errors.items() if step in scale}
 
     def curve(name: str, title: str, **more: Any) -> Curve:
-        return Curve(name, title, METRICS[name].unit.replace("1", ""), columns[name], **more)
+        metric = find_metric(name)
+        unit = metric.unit.replace("1", "") if metric is not None else ""
+        return Curve(name, title, unit, columns.get(name) or Column(), **more)
 
     bound = "NLL" if is_exact(run) else "NELBO"
+    in_nats, in_bits = _error_bars(run, "val")
     found = [
         curve("train/loss", "Training loss"),
-        curve("val/bpb", "Held-out bits per byte", errors=(in_bits(noise), in_bits(both)), dots=True,
-              levels=read_baselines(run)),
-        curve("val/nelbo", f"Held-out {bound}", errors=(noise, both), dots=True),
+        curve("val/bpb", "Held-out bits per byte", errors=in_bits, dots=True, levels=read_baselines(run)),
+        curve("val/nelbo", f"Held-out {bound}", errors=in_nats, dots=True),
+        *(
+            curve(f"val_{name}/bpb", f"Bits per byte of {name}", errors=_error_bars(run, f"val_{name}")[1],
+                  dots=True)
+            for name in list_sets(run)[:MAX_SET_CURVES]
+        ),
         curve("train/grad_norm", "Gradient norm before clipping"),
         curve("train/lr", "Learning rate"),
         curve("perf/tokens_per_second", "Speed"),
@@ -50,13 +59,40 @@ def list_curves(run: Run) -> list[Curve]:
     return [curve for curve in found if any(map(math.isfinite, curve.column.values))]
 
 
+def _error_bars(run: Run, where: str) -> tuple[tuple[dict[int, float], ...], tuple[dict[int, float], ...]]:
+    """Errors of a held-out set by step, from the noise and from both parts.
+
+    Args:
+        run: the run.
+        where: section of the metrics, ``val`` or ``val_NAME``.
+
+    Returns:
+        Of the NELBO, and of the bits per byte.
+    """
+    found = run.metrics.columns
+
+    def by_step(name: str) -> dict[int, float]:
+        return found[f"{where}/{name}"].by_step() if f"{where}/{name}" in found else {}
+
+    noise, sample = by_step("nelbo_noise_error"), by_step("nelbo_text_error")
+    both = {step: math.hypot(noise.get(step, 0.0), sample.get(step, 0.0)) for step in {**noise, **sample}}
+    nelbo, bpb = by_step("nelbo"), by_step("bpb")
+    scale = {step: bpb[step] / nelbo[step] for step in bpb if nelbo.get(step)}
+    in_bits = [
+        {step: error * scale[step] for step, error in errors.items() if step in scale}
+        for errors in (noise, both)
+    ]
+    return (noise, both), tuple(in_bits)
+
+
 def list_other_curves(run: Run) -> list[Curve]:
     """Every other metric of the metrics file by name, in fewer points; what nobody listed here as well."""
-    drawn = ERROR_BARS | {curve.name for curve in list_curves(run)}
+    drawn = {*RANGE, *(curve.name for curve in list_curves(run))}
     found = []
     for name, column in sorted(run.metrics.columns.items()):
-        if name not in drawn and any(map(math.isfinite, column.values)):
-            unit = METRICS[name].unit.replace("1", "") if name in METRICS else ""
+        if name not in drawn and not name.endswith(ERROR_BARS) and any(map(math.isfinite, column.values)):
+            metric = find_metric(name)
+            unit = metric.unit.replace("1", "") if metric is not None else ""
             found.append(Curve(name, name, unit, column, limit=MAX_OTHER_POINTS))
     return found[:MAX_OTHER_CURVES]
 
@@ -77,7 +113,7 @@ def show_curves(run: Run) -> str:
     until = max(
         ((curve.column.steps[-1], curve.column.times[-1]) for curve in (*curves, *others)), default=(0, 0.0)
     )
-    figures = "".join(draw_curve(curve, axes, marks, until) for curve in curves)
+    figures = "".join(draw_curve(curve, axes, marks, until) for curve in curves) + draw_clip_range(run, until)
     # Without marks, which would be most of the page.
     folded = "".join(draw_curve(curve, axes, (), until) for curve in others)
     if not figures and not folded:
@@ -113,7 +149,7 @@ def list_marks(run: Run) -> list[Mark]:
         for start in run.metrics.starts()[1:]
     ]
     for event in run.metrics.events:
-        if event["event"] in FAULTS:
+        if is_fault(event):
             marks.append(Mark(event["step"], event["time"], "fault", f"step {event['step']}: {_tell(event)}"))
     return marks
 
@@ -129,6 +165,7 @@ def show_goodput(run: Run) -> str:
         "setup": "set-up",
         "data_wait": "waiting for data",
         "checkpoint": "checkpoints",
+        "refit": "re-fits",
         "lost": "lost to faults and skipped steps",
         "down": "down between attempts",
     }
@@ -188,6 +225,8 @@ def show_events(run: Run) -> str:
         f"{int(skipped[-1]) if skipped else 0} steps skipped",
         f"{sum(event['event'] == 'checkpoint' for event in events)} checkpoints",
     ]
+    lost = {event.get("snapshot_step") for event in events if event["event"] == "refit" and is_fault(event)}
+    counts += [f"{len(lost)} re-fits without a result"] if lost else []
     shown: Sequence[dict[str, Any]] = events
     left = ""
     if len(events) > MAX_EVENT_ROWS:
@@ -195,7 +234,7 @@ def show_events(run: Run) -> str:
         shown = [*events[:half], *events[-half:]]
         left = f'<p class="note">{len(events) - len(shown):,} more in the middle, see {METRICS_FILE}.</p>'
     rows = "".join(
-        f'<tr class="{"fault" if event["event"] in FAULTS else ""}">'
+        f'<tr class="{"fault" if is_fault(event) else ""}">'
         f'<td class="n">{event["step"]:,}</td><td class="n">{event["attempt"]}</td>'
         f"<td>{time.strftime('%m-%d %H:%M:%S', utc(event['time']))}</td>"
         f"<td>{escape(_tell(event, run))}</td></tr>"
@@ -228,6 +267,18 @@ def _tell(event: Mapping[str, Any], run: Run | None = None) -> str:
         gone = "" if run is None or folder in run.checkpoints else " (deleted since)"
         place = f"{CHECKPOINTS}/{folder}"
         return f"checkpoint {place}{'' if count is None else f', {format_count(count)}B'}{gone}"
+    if name == "refit_begun":
+        return (
+            f"re-fit of step {event.get('snapshot_step', '?')} begun, due at {event.get('adopt_step', '?')}"
+        )
+    if name == "refit":
+        again = " (as before the restart)" if event.get("replayed") is True else ""
+        return (
+            f"re-fit of step {event.get('snapshot_step', '?')} {event.get('outcome', '?')}{again}: "
+            f"{event.get('reason', '?')}"
+        )
+    if name == "profile_failed":
+        return f"profile could not be written: {event.get('reason', '?')}"
     if name == "kernel":
         return f"{event.get('kernel', '?')} runs as {event.get('backend', '?')} ({event.get('reason', '?')})"
     if name == "skipped":

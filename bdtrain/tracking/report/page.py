@@ -15,6 +15,7 @@ from bdtrain.config.estimate import count_parameters
 from bdtrain.config.schema import ModelConfig
 from bdtrain.files import write_atomic
 from bdtrain.tracking.console import format_count, format_seconds
+from bdtrain.tracking.refits import read_refits
 from bdtrain.tracking.report.curves import make_axes
 from bdtrain.tracking.report.history import (
     list_curves,
@@ -26,7 +27,13 @@ from bdtrain.tracking.report.history import (
     show_samples,
 )
 from bdtrain.tracking.report.read import Run, number, read_run, section, utc
-from bdtrain.tracking.report.results import compare_with_baselines, show_evaluations, show_key_numbers
+from bdtrain.tracking.report.results import (
+    compare_with_baselines,
+    show_evaluations,
+    show_key_numbers,
+    show_sets,
+)
+from bdtrain.tracking.report.schedule import show_schedule
 from bdtrain.tracking.report.style import POLICY, SCRIPT, STYLE, axis_rules, clean, escape
 from bdtrain.tracking.run_files import CHECKPOINTS, METRICS_FILE, REPORT_FILE, WEIGHTS
 
@@ -65,8 +72,10 @@ def make_page(run: Run) -> str:
         _header(run, name),
         show_key_numbers(run),
         compare_with_baselines(run),
+        show_sets(run),
         show_evaluations(run),
         show_curves(run),
+        show_schedule(run, read_refits(run.folder, run.metrics.events)),
         show_goodput(run),
         show_samples(run),
         show_events(run),

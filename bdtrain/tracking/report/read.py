@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import yaml
 
 from bdtrain.errors import ConfigError
+from bdtrain.tracking.json_files import number, parse_json, read_json, read_tail, read_text, section
 from bdtrain.tracking.report.columns import Metrics, read_columns
 from bdtrain.tracking.run_files import (
     CHECKPOINTS,
@@ -30,7 +29,6 @@ from bdtrain.tracking.run_files import (
 HEARTBEAT_STALE_S = 30.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MAX_SAMPLES = 20
-MAX_JSON_BYTES = 1 << 22
 
 
 @dataclass
@@ -85,7 +83,7 @@ def read_run(folder: Path) -> Run:
             "run.folder named, for example runs/quickstart/run"
         )
     run = Run(folder, read_columns(folder / METRICS_FILE))
-    run.config_text = _read_text(folder / CONFIG_FILE)
+    run.config_text = read_text(folder / CONFIG_FILE)
     run.config = _read_yaml(run.config_text)
     run.facts, run.summary = read_json(folder / RUN_FILE), read_json(folder / SUMMARY_FILE)
     run.exit = read_json(folder / EXIT_FILE)
@@ -105,37 +103,6 @@ def utc(seconds: float) -> time.struct_time:
         return time.gmtime(seconds)
     except (OverflowError, ValueError, OSError):
         return time.gmtime(0)
-
-
-def number(values: Mapping[str, Any] | None, name: str) -> float | None:
-    """A finite number out of a JSON object; None where there is none."""
-    value = values.get(name) if isinstance(values, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return value
-
-
-def section(values: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
-    """An object out of a JSON object; an empty one where there is none."""
-    value = values.get(name) if isinstance(values, Mapping) else None
-    return value if isinstance(value, dict) else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where the file is missing, torn or something else."""
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_JSON_BYTES).decode("utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _read_yaml(text: str) -> dict[str, Any]:
@@ -223,21 +190,10 @@ def _is_of_run(checkpoint: object, folder: Path) -> bool:
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
     """The last samples; a torn line is left out."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            size = file.tell()
-            file.seek(max(0, size - MAX_JSON_BYTES))
-            lines = file.read().split(b"\n")[-MAX_SAMPLES - 1 :]
-    except OSError:
-        return []
     samples = []
-    for line in lines:
-        try:
-            sample = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        words = sample.get("text") if isinstance(sample, dict) else None
+    for line in read_tail(path)[-MAX_SAMPLES - 1 :]:
+        sample = parse_json(line)
+        words = sample.get("text")
         if isinstance(words, str) and words.strip():  # synthetic data has no words
             samples.append(sample)
     return samples

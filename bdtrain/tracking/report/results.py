@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from bdtrain.tracking.names import find_metric, set_section
 from bdtrain.tracking.report.curves import format_error, format_value
 from bdtrain.tracking.report.read import Run, number, section
 from bdtrain.tracking.report.style import escape
@@ -18,28 +19,36 @@ _VAL = ("nelbo", "nelbo_noise_error", "nelbo_text_error", "ppl", "bpb", "tokens"
 def _likelihoods(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first and the last evaluation, with errors; empty ones where there is none."""
     before, after = section(run.summary, "before"), section(run.summary, "after")
-    found = {name: run.metrics.columns[f"val/{name}"].by_step() for name in _VAL}
     steps = run.metrics.columns["val/nelbo"].steps
     if not steps:
         return before, after
-
-    def at(step: int) -> dict[str, Any]:
-        values = {name: column[step] for name, column in found.items() if step in column}
-        values["step"] = step
-        # The errors of PPL and of bits per byte follow from that of the NELBO.
-        error, nelbo = _error(values), values["nelbo"]
-        if error is not None and nelbo:
-            if "ppl" in values:
-                values["ppl_error"] = values["ppl"] * error
-            if "bpb" in values:
-                values["bpb_error"] = values["bpb"] * error / nelbo
-        return values
-
-    first = at(steps[0]) if steps[0] == 0 else {}
-    last = at(steps[-1]) if steps[-1] != 0 else {}
+    first = _likelihood_at(run, "val", steps[0]) if steps[0] == 0 else {}
+    last = _likelihood_at(run, "val", steps[-1]) if steps[-1] != 0 else {}
     if not after:
         return first, last
     return {**first, **before}, {**last, **after}
+
+
+def _likelihood_at(run: Run, where: str, step: int) -> dict[str, Any]:
+    """What the metrics say of an evaluation, with errors.
+
+    Args:
+        run: the run.
+        where: section of the metrics, ``val`` or ``val_NAME``.
+        step: that has a NELBO.
+    """
+    columns = run.metrics.columns
+    found = {name: columns[f"{where}/{name}"].by_step() for name in _VAL if f"{where}/{name}" in columns}
+    values = {name: column[step] for name, column in found.items() if step in column}
+    values["step"] = step
+    # The errors of PPL and of bits per byte follow from that of the NELBO.
+    error, nelbo = _error(values), values["nelbo"]
+    if error is not None and nelbo:
+        if "ppl" in values:
+            values["ppl_error"] = values["ppl"] * error
+        if "bpb" in values:
+            values["bpb_error"] = values["bpb"] * error / nelbo
+    return values
 
 
 def _error(values: Mapping[str, Any]) -> float | None:
@@ -155,6 +164,54 @@ def compare_with_baselines(run: Run) -> str:
     return (
         '<section><h2>Bits per byte of held-out text <span class="soft">lower is better</span></h2>'
         f'<div class="compare">{body}</div></section>'
+    )
+
+
+def list_sets(run: Run) -> list[str]:
+    """Names of the held-out sets that have a likelihood, in the order of the metrics file."""
+    return [
+        name.removeprefix("val_").removesuffix("/nelbo")
+        for name, column in run.metrics.columns.items()
+        if name.startswith("val_") and name.endswith("/nelbo") and find_metric(name) and column.steps
+    ]
+
+
+def show_sets(run: Run) -> str:
+    """The last likelihood of every held-out set, the run's own rows first; nothing for these alone."""
+    names = list_sets(run)
+    if not names:
+        return ""
+    listed = section(run.config, "validation").get("sets")
+    texts = {
+        str(entry.get("name")): str(entry.get("path"))
+        for entry in (listed if isinstance(listed, list) else [])
+        if isinstance(entry, dict)
+    }
+    texts["valid"] = f"{section(run.config, 'data').get('path') or ''}, valid"
+    rows = []
+    for name in ["valid", *names]:
+        where = set_section(name)
+        steps = run.metrics.columns[f"{where}/nelbo"].steps
+        if not steps:
+            continue
+        values = _likelihood_at(run, where, steps[-1])
+        tokens = number(values, "tokens")
+        numbers = [
+            f"{steps[-1]:,}",
+            _with_error(number(values, "nelbo"), _error(values)),
+            _with_error(number(values, "ppl"), number(values, "ppl_error")),
+            _with_error(number(values, "bpb"), number(values, "bpb_error")),
+            "" if tokens is None else f"{int(tokens):,}",
+        ]
+        cells = "".join(f'<td class="n">{cell}</td>' for cell in numbers)
+        rows.append(f"<tr><td>{escape(name)}</td>{cells}<td>{escape(texts.get(name, ''))}</td></tr>")
+    bound = "NLL" if is_exact(run) else "NELBO"
+    head = "".join(f'<th class="n">{word}</th>' for word in ("step", bound, "PPL", "bits/byte", "tokens"))
+    return (
+        '<section><h2>Held-out sets</h2><div class="scroll"><table>'
+        f"<tr><th>set</th>{head}<th>text</th></tr>{''.join(rows)}</table></div>"
+        f'<p class="note">{bound} in nats/token. Texts of another kind than the training text have other '
+        "numbers of bytes per token: compare sets by bits per byte.</p></section>"
     )
 
 

@@ -11,16 +11,59 @@ from bdtrain.tracking.spool import redact
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """What a browser may load for the page: nothing."""
 
-STYLE = """
-:root {
-  color-scheme: light dark;
+_COLOURS = """\
   --paper: #fbfbf9; --card: #fff; --ink: #1d2126; --soft: #5c6570; --line: #e1e3e1; --grid: #ecedeb;
   --curve: #1f6fb2; --bar: #1f6fb2; --level: #a9620b; --good: #1b7a48; --warn: #a9620b; --bad: #b3302b;
+  --s0: #6a3d9a; --s1: #1f6fb2; --s2: #17868a; --s3: #4f8f2f; --s4: #b0820f; --s5: #b3302b;
+"""
+
+_DRAWN = """\
+svg text { fill: var(--soft); font-size: 11.5px; }
+svg .y, svg .unit, svg text.level { text-anchor: end; }
+svg .x { text-anchor: middle; }
+svg .grid { stroke: var(--grid); }
+svg .axis, svg .tick { stroke: var(--soft); }
+svg .curve { fill: none; stroke: var(--curve); stroke-width: 1.6; stroke-linejoin: round; }
+svg .dots { fill: var(--curve); }
+svg .bar0 { stroke: var(--bar); stroke-width: 4; opacity: .6; }
+svg .bar1 { stroke: var(--bar); stroke-width: 1.2; opacity: .6; }
+svg path.level { stroke: var(--level); stroke-dasharray: 5 4; }
+svg text.level { fill: var(--level); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
+svg .attempt path { stroke: var(--warn); stroke-width: 1.4; stroke-dasharray: 2 3; }
+svg .fault path { fill: var(--bad); }
+svg.plot { display: block; }
+.s0 { --own: var(--s0); } .s1 { --own: var(--s1); } .s2 { --own: var(--s2); }
+.s3 { --own: var(--s3); } .s4 { --own: var(--s4); } .s5 { --own: var(--s5); }
+svg .series polyline { fill: none; stroke: var(--own); stroke-width: 1.4; stroke-linejoin: round; }
+svg .series path { stroke: var(--own); stroke-width: 1.2; opacity: .75; }
+svg .series circle { fill: var(--own); }
+svg .band { fill: var(--level); opacity: .14; }
+svg .spot-current { fill: none; stroke: var(--ink); stroke-width: 1.6; }
+svg .spot-winner { fill: none; stroke: var(--good); stroke-width: 3; }
+svg .range { fill: var(--curve); opacity: .13; }
+svg .beta, svg .omega { fill: none; stroke: var(--s1); stroke-width: 1.8; }
+svg .omega { stroke: var(--s4); }
+svg text.beta, svg text.omega { text-anchor: end; stroke: none; fill: var(--s1); }
+svg text.omega { fill: var(--s4); }
+svg .cursor { fill: var(--curve); stroke: var(--card); stroke-width: 2; visibility: hidden; }
+"""
+
+PICTURE_STYLE = f":root {{ {_COLOURS} }}\n{_DRAWN}"
+"""The styles of a picture that is a file of its own, on light paper."""
+
+STYLE = (
+    """
+:root {
+  color-scheme: light dark;
+"""
+    + _COLOURS
+    + """\
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171a; --card: #1c2024; --ink: #e6e8ea; --soft: #9aa4ae; --line: #31373d; --grid: #282d32;
     --curve: #6cb2f0; --bar: #6cb2f0; --level: #e5a55a; --good: #5cc48c; --warn: #e5a55a; --bad: #f0807a;
+    --s0: #b794e0; --s1: #6cb2f0; --s2: #58c4c4; --s3: #95cf74; --s4: #e2bb55; --s5: #f0807a;
   }
 }
 * { box-sizing: border-box; }
@@ -65,27 +108,27 @@ figcaption { font-weight: 600; display: flex; gap: 8px; flex-wrap: wrap; }
 figcaption span, figcaption output { font-weight: 400; }
 figcaption output { margin-left: auto; font-variant-numeric: tabular-nums; }
 svg { display: none; width: 100%; height: auto; touch-action: pan-y; }
-svg text { fill: var(--soft); font-size: 11.5px; }
-svg .y, svg .unit, svg text.level { text-anchor: end; }
-svg .x { text-anchor: middle; }
-svg .grid { stroke: var(--grid); }
-svg .axis, svg .tick { stroke: var(--soft); }
-svg .curve { fill: none; stroke: var(--curve); stroke-width: 1.6; stroke-linejoin: round; }
-svg .dots { fill: var(--curve); }
-svg .bar0 { stroke: var(--bar); stroke-width: 4; opacity: .6; }
-svg .bar1 { stroke: var(--bar); stroke-width: 1.2; opacity: .6; }
-svg path.level { stroke: var(--level); stroke-dasharray: 5 4; }
-svg text.level { fill: var(--level); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
-svg .attempt path { stroke: var(--warn); stroke-width: 1.4; stroke-dasharray: 2 3; }
-svg .fault path { fill: var(--bad); }
-svg .cursor { fill: var(--curve); stroke: var(--card); stroke-width: 2; visibility: hidden; }
+"""
+    + _DRAWN
+    + """\
 .time { display: flex; height: 22px; border-radius: 4px; overflow: hidden; background: var(--line); }
 .time span { min-width: 1px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 8px 0; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
+figure .legend { font-size: 13px; color: var(--soft); margin: 2px 0; gap: 0 14px; }
+.legend i.s0, .legend i.s1, .legend i.s2, .legend i.s3, .legend i.s4, .legend i.s5 { background: var(--own); }
+.legend i.ring-current, .legend i.ring-winner { border-radius: 50%; border: 2px solid var(--ink); }
+.legend i.ring-winner { border-color: var(--good); border-width: 3px; }
+table.refits { font-size: 14px; }
+table.refits td, table.refits th { padding-right: 14px; }
+table.refits tr.first { border-bottom: 0; }
+table.refits td.w { white-space: nowrap; }
+table.refits td.why { font-size: 13px; color: var(--soft); padding-top: 0; white-space: normal; }
+table.refits tr.fault td.why { color: var(--bad); }
 .a-training { background: var(--curve); } .a-setup { background: #8a93a0; }
 .a-data_wait { background: #c9a227; }
 .a-validation { background: #4f9d8f; } .a-checkpoint { background: #9a78c2; }
+.a-refit { background: #c2698b; }
 .a-other { background: #b9bec4; }
 .a-lost { background: var(--bad); } .a-down { background: #59616b; }
 pre { padding: 10px 12px; margin: 6px 0; overflow-x: auto;
@@ -100,11 +143,14 @@ summary { cursor: pointer; }
   svg text { font-size: 14px; }
 }
 """
+)
 
 SCRIPT = """
 const points = JSON.parse(document.getElementById("points").textContent);
 for (const svg of document.querySelectorAll("figure svg")) {
-  const figure = svg.closest("figure"), {steps, values} = points[figure.dataset.metric];
+  const figure = svg.closest("figure");
+  if (!Object.hasOwn(points, figure.dataset.metric ?? "")) continue;
+  const {steps, values} = points[figure.dataset.metric];
   const line = svg.querySelector(".curve").points, cursor = svg.querySelector(".cursor");
   const said = figure.querySelector("figcaption output");
   svg.addEventListener("pointermove", event => {

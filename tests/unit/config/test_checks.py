@@ -216,7 +216,7 @@ def test_settings_at_the_edge_of_a_rule_are_let_through(overrides: list[str]) ->
     ("overrides", "block_size"),
     [
         (["diffusion.algo=mdlm", "diffusion.block_size=null"], "row"),
-        (["diffusion.algo=ar", "diffusion.block_size=null", "diffusion.plan=null"], 1),
+        (["diffusion.algo=ar", "diffusion.block_size=null", "diffusion.plan=null", "refit=null"], 1),
     ],
 )
 def test_the_quickstart_run_takes_the_other_algorithms(

@@ -42,9 +42,9 @@ def test_progress_shows_the_utilization_where_it_is_known():
 def test_everything_that_was_learned_must_repeat_after_a_restart_and_no_time_must():
     for name, metric in METRICS.items():
         section = name.split("/")[0]
-        assert section in ("train", "val", "perf", "fault", "ckpt")
+        assert section in ("train", "val", "perf", "fault", "ckpt", "sched")
         times = metric.unit in ("s", "tokens/s", "TFLOP/s")
-        if section in ("train", "val"):
+        if section in ("train", "val", "sched"):
             assert metric.deterministic is not times, name
         if times:
             assert not metric.deterministic, name

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from bdtrain.tracking.jsonl import MetricsLog
-from bdtrain.tracking.mlflow import MlflowShipper, default_uri, flatten
+from bdtrain.tracking.mlflow import default_uri, flatten
 from bdtrain.tracking.ship import HOPELESS, LEFT_OVER, SHIPPED, Shipping
+from bdtrain.tracking.shipper import Shipper, Shippers
 from bdtrain.tracking.spool import MAX_POINTS, ShipState, Tail, lines_left, redact
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,7 +39,7 @@ def run_folder(path, *, uri=None):
 
 
 def shipper(folder, *, uri=None, attempt=1, extra=()):
-    return MlflowShipper(
+    return Shipper(
         folder,
         uri=uri,
         experiment="tests",
@@ -59,8 +60,11 @@ def wait_for(condition, seconds=120.0):
 class MemoryStore:
     """Keeps points as MLflow's table does; fails as told."""
 
+    mark = 0
+
     def __init__(self, run_id="r"):
         self.run_id = run_id
+        self.files, self.refused = [], set()
         self.points, self.batches, self.begun, self.ends = {}, [], [], []
         self.failures = []
 
@@ -80,6 +84,11 @@ class MemoryStore:
             values = self.points.setdefault((point.name, point.step), set())
             values.add((repr(point.value), point.time_ms))
         self._fail()  # stored, and the answer was lost
+
+    def put(self, name):
+        if name in self.refused:
+            raise PermissionError("no files here")
+        self.files.append(name)
 
     def finish(self, event, time_ms):
         self._fail()
@@ -303,8 +312,13 @@ def test_a_server_that_is_down_dies_and_comes_back_loses_nothing(tmp_path):
     assert process.close(120) is None
     assert process.pid is None
     expected = {(name, step) for name in ("train/loss", "perf/step_seconds") for step in range(1, 61)}
-    assert set(server.points) == expected | {("train/loss", 61), ("train/grad_norm", 61)}
-    assert {len(values) for values in server.points.values()} == {1}
+    # What the machine did meanwhile is no part of the metrics file.
+    sampled = {pair for pair in server.points if pair[0].startswith("system/")}
+    assert sampled and set(server.points) - sampled == expected | {
+        ("train/loss", 61),
+        ("train/grad_norm", 61),
+    }
+    assert {len(server.points[pair]) for pair in set(server.points) - sampled} == {1}
     assert [server.points["train/loss", step][0][0] for step in (1, 3)] == [1.0, 1 / 3]
     run = server.runs["run0"]
     assert (len(server.runs), run["info"]["status"]) == (1, "FINISHED")
@@ -312,7 +326,7 @@ def test_a_server_that_is_down_dies_and_comes_back_loses_nothing(tmp_path):
     assert run["params"]["run.name"] == "tiny"
     assert "***@127.0.0.1" in run["params"]["tracking.mlflow_uri"]
     stored = {path.name for path in (tmp_path / "files").rglob("*") if path.is_file()}
-    assert stored == {"config.yaml", "summary.json"}
+    assert stored == {"config.yaml", "summary.json", "environment.json", "report.html"}
     # The configuration of the run has the password, nothing that was written for others has.
     shown = [path for path in tmp_path.rglob("*") if path.is_file() and path != folder / "config.yaml"]
     assert not [path for path in shown if SECRET.encode() in path.read_bytes()]
@@ -370,7 +384,8 @@ def test_the_default_store_continues_its_run_after_a_kill_and_takes_nothing_twic
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "19 lines shipped" in done.stdout and "0 left" in done.stdout
-    assert points_in(database) == {
+    found = points_in(database)
+    assert {pair: count for pair, count in found.items() if not pair[0].startswith("system/")} == {
         (name, step): 1 for name in ("train/loss", "perf/step_seconds") for step in range(1, 13)
     }
     with sqlite3.connect(database) as connection:
@@ -379,3 +394,43 @@ def test_the_default_store_continues_its_run_after_a_kill_and_takes_nothing_twic
     assert (name, status) == ("tiny", "KILLED")
     assert tags["bdtrain.attempt"] == "2"
     assert not list(tmp_path.rglob("mlruns"))
+
+
+def test_several_writers_are_one_for_the_trainer_and_share_the_time_of_the_end(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    server = FakeMlflow(tmp_path / "files")
+    server.mode = "hang"
+    server.up()
+    both = Shippers([shipper(folder, uri=server.uri), shipper(folder, uri="tensorboard")])
+    assert both.addresses == [f"MLflow: {server.uri}", "TensorBoard: tensorboard"]
+    with MetricsLog(folder / "metrics.jsonl", 1) as log:
+        log.event("start", 0)
+        write_steps(log, 1, 3)
+        log.event("end", 3)
+    both.start()
+    wait_for(lambda: ShipState.load(folder, "tensorboard").finished and server.requests)
+    begin = time.monotonic()
+    message = both.close(0.5)
+    assert time.monotonic() - begin < 5
+    # Each keeps its own place: the one that hangs holds nothing up.
+    assert message.startswith("MLflow: 5 lines") and "TensorBoard" not in message
+    assert lines_left(folder, "tensorboard") == 0 and lines_left(folder, server.uri) == 5
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    server.mode = "ok"
+    server.down()
+
+
+def test_files_that_are_left_are_told_with_what_stores_them(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    with MetricsLog(folder / "metrics.jsonl", 1) as log:
+        log.event("start", 0)
+        log.event("end", 0)
+    store = MemoryStore()
+    store.refused = {"report.html"}
+    ship_all(folder, store)
+    state = ShipState.load(folder, "memory")
+    state.store = "tensorboard"
+    state.save(folder)
+    message = shipper(folder, uri="tensorboard").close(0.0)
+    assert message.startswith("TensorBoard: report.html is not in tensorboard")
+    assert message.endswith(f"python tools/mlflow_sync.py {folder} --uri tensorboard ships them")

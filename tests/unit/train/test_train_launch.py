@@ -17,10 +17,10 @@ from bdtrain.train.loop import RunSummary, Stopped
 
 def summary():
     """Of a finished run; the numbers are of no interest."""
-    activities = "training setup validation data_wait checkpoint lost down".split()
+    activities = "training setup validation data_wait checkpoint refit lost down".split()
     goodput = {"goodput": 0.5, **{f"{name}_seconds": 1.0 for name in activities}}
     after = SimpleNamespace(to_dict=lambda: {"nelbo": 1.0})
-    return RunSummary(5, 40, None, after, 8.0, 5.0, 6.0, None, goodput, 0, 1)
+    return RunSummary(5, 40, None, after, {}, 8.0, 5.0, 6.0, None, goodput, 0, 1)
 
 
 def raising(error):

@@ -1,0 +1,112 @@
+"""What a re-fit reads: the weights of one step, written by all ranks as a checkpoint without its moments.
+
+RUN/refit/snapshots/step-N   the averaged weights (the weights themselves where no average is kept), the
+                             configuration, the state with the noise plan; sizes and digests in its manifest
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bdtrain.checkpoint.communicator import Communicator
+from bdtrain.checkpoint.files import hash_file
+from bdtrain.checkpoint.folders import list_checkpoints, step_name
+from bdtrain.checkpoint.load import EMA
+from bdtrain.checkpoint.manifest import MANIFEST
+from bdtrain.checkpoint.save import SavedCheckpoint, save_training_state
+from bdtrain.config import DataConfig, RunConfig
+from bdtrain.parallel.fragments import MASTER, StateFragment
+
+KEPT = 2
+"""Snapshots that stay: the one at work and the one before."""
+
+
+def refit_folder(run: Path) -> Path:
+    """Folder of a run's re-fits."""
+    return run / "refit"
+
+
+def snapshots_folder(run: Path) -> Path:
+    """Folder of its snapshots."""
+    return refit_folder(run) / "snapshots"
+
+
+def snapshot_folder(run: Path, step: int) -> Path:
+    """The snapshot of a step."""
+    return snapshots_folder(run) / step_name(step)
+
+
+def result_folder(run: Path, step: int) -> Path:
+    """What a re-fit of a step's snapshot leaves: schedule.json, report.json, log.txt."""
+    return refit_folder(run) / step_name(step)
+
+
+def write_snapshot(
+    run: Path,
+    *,
+    step: int,
+    fragments: Sequence[StateFragment],
+    state: Mapping[str, Any],
+    config_yaml: str,
+    tokenizer: Path | None,
+    run_uid: str,
+    communicator: Communicator,
+) -> SavedCheckpoint:
+    """Write the snapshot of this step, by all ranks together.
+
+    Args:
+        run: folder of the run.
+        step: batches taken.
+        fragments: what this rank owns of the training state; only weights are written.
+        state: everything that is not a tensor, as in a checkpoint.
+        config_yaml: the resolved configuration.
+        tokenizer: the tokenizer's file, None for synthetic data.
+        run_uid: of the run.
+        communicator: the ranks; all must call this.
+
+    Raises:
+        CheckpointError: if the disk refuses, the same on all ranks.
+    """
+    averaged = bool(state.get("averaged"))
+    kind = EMA if averaged else MASTER
+    weights = [replace(fragment, tensors={kind: fragment.tensors[kind]}) for fragment in fragments]
+    saved = save_training_state(
+        snapshots_folder(run),
+        step=step,
+        fragments=weights,
+        state=state,
+        config_yaml=config_yaml,
+        tokenizer=tokenizer,
+        run_uid=run_uid,
+        communicator=communicator,
+    )
+    if communicator.rank == 0:
+        _prune(snapshots_folder(run))
+    return saved
+
+
+def _prune(root: Path) -> None:
+    """Delete all but the newest; a snapshot that cannot be deleted costs nothing but room."""
+    for _, folder in list_checkpoints(root)[:-KEPT]:
+        with contextlib.suppress(OSError):
+            # Renamed first: half a deletion must not look like a snapshot.
+            dead = root / f".tmp-dead-{folder.name}"
+            folder.rename(dead)
+            shutil.rmtree(dead)
+
+
+def snapshot_digest(folder: Path) -> str:
+    """SHA-256 of a snapshot's manifest, which holds the digests of its files."""
+    return hash_file(folder / MANIFEST).sha256
+
+
+def data_section(config: RunConfig, path: str | None) -> DataConfig:
+    """The ``data`` section of a run, or the same for another corpus."""
+    if path is None:
+        return config.data
+    return config.data.model_copy(update={"path": path, "kind": "corpus"})

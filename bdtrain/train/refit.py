@@ -1,0 +1,490 @@
+"""The re-fit as the loop sees it: begun at a step, used at a later one that was fixed in advance.
+
+1. ``begin`` at step S (an epoch's end): all ranks write a snapshot, rank 0 starts a process that fits; or all
+   ranks measure at once (inline). Training goes on.
+2. ``settle`` at step S + ``refit.lag_steps``: rank 0 reads ``schedule.json``, trusts nothing in it, and tells
+   all what becomes of the plan. What is not there by then is not used: two runs of one seed are the same run,
+   whatever the machine's speed, as long as re-fits come in time.
+3. The outcome is on disk before the first step that depends on it. A run that is continued reads it there.
+
+A re-fit that fails costs the run nothing: the plan stays, and the failure is told and counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bdtrain.checkpoint.communicator import Communicator
+from bdtrain.config import RunConfig
+from bdtrain.diffusion.objectives.base import Objective
+from bdtrain.diffusion.plan import NoisePlan
+from bdtrain.errors import BdtrainError, RefitError
+from bdtrain.refit.history import RefitOutcome, append_outcome, read_history
+from bdtrain.refit.job import is_at_work
+from bdtrain.refit.schedule_file import (
+    MAX_BYTES,
+    REPORT_FILE,
+    SCHEDULE_FILE,
+    check_schedule,
+    read_schedule,
+)
+from bdtrain.refit.snapshot import refit_folder, result_folder, snapshot_digest, snapshot_folder
+from bdtrain.train.progress import Progress
+from bdtrain.train.refit_child import RefitChild
+
+WARN_AFTER = 3
+"""Re-fits in a row without a result before the run says so in words of its own."""
+
+WAIT_POLL_S = 0.2
+
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    StopIteration,
+    AttributeError,
+    RecursionError,
+)
+"""What a report that is none of ours may raise."""
+
+
+@dataclass
+class RefitState:
+    """What a checkpoint keeps of the re-fits.
+
+    Attributes:
+        version: of the schedule in force; 0 is the configuration's plan.
+        begun: how many were due so far.
+        pending: the one that is begun and not settled: snapshot step, the step it is due, digest.
+        counts: outcomes so far, and ``skipped``: due while another one was pending.
+        failures_in_a_row: of the last ones, those without a result.
+        plans: (step, plan) of each plan that was in force, from its step on.
+    """
+
+    version: int = 0
+    begun: int = 0
+    pending: dict[str, Any] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    failures_in_a_row: int = 0
+    plans: list[list[Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "version": self.version,
+            "begun": self.begun,
+            "pending": None if self.pending is None else dict(self.pending),
+            "counts": dict(self.counts),
+            "failures_in_a_row": self.failures_in_a_row,
+        }
+
+    def count(self, what: str) -> None:
+        """One more of an outcome."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+
+@dataclass(frozen=True)
+class RefitHooks:
+    """What the loop does for a re-fit.
+
+    Attributes:
+        snapshot: all ranks: write the weights of this step; raises CheckpointError on all.
+        expected: how long a re-fit will take, in words that begin with a comma; empty where unknown.
+        measure: all ranks: fit from the weights in memory; rank 0 writes the result into the folder.
+        build_objective: the objective of training under a plan.
+        tell: says a line on the console.
+        event: writes an event of this step.
+        write: writes metrics of this step.
+        stopping: whether this rank was asked to stop.
+    """
+
+    snapshot: Callable[[], None]
+    expected: Callable[[], str]
+    measure: Callable[[Path, int], None]
+    build_objective: Callable[[NoisePlan], Objective]
+    tell: Callable[[str], None]
+    event: Callable[..., None]
+    write: Callable[[dict[str, float]], None]
+    stopping: Callable[[], bool]
+
+
+class ScheduleRefit:
+    """The noise plan of a run and its re-fits.
+
+    Args:
+        config: the run.
+        placement: ``inline``, ``process``, ``ray`` or ``external`` (``settle_placement``).
+        run_uid: of the run.
+        communicator: all ranks.
+        plan: the configuration's plan; None without noise.
+        objective: of that plan.
+        epoch_samples: rows of an epoch.
+        hooks: what the loop does.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        placement: str,
+        run_uid: str,
+        communicator: Communicator,
+        plan: NoisePlan | None,
+        objective: Objective,
+        epoch_samples: int,
+        hooks: RefitHooks,
+    ) -> None:
+        self.plan, self.objective = plan, objective
+        self._config, self._settings, self._placement = config, config.refit, placement
+        self._run, self._run_uid, self._communicator = Path(config.run.folder), run_uid, communicator
+        self._epoch_samples, self._hooks = epoch_samples, hooks
+        self._child: RefitChild | None = None
+        self._history: dict[int, RefitOutcome] = {}
+        self._state = RefitState(plans=[] if plan is None else [[0, plan.to_dict()]])
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state, on every rank.
+
+        A plan that a checkpoint has is the one that goes on, whatever the configuration began with.
+
+        Args:
+            saved: ``noise_plan``, ``noise_plan_history`` and ``refit`` of it.
+        """
+        if self.plan is None:
+            return
+        # Copied: the checkpoint's record stays what was read.
+        known = copy.deepcopy({**(saved.get("refit") or {}), "plans": saved["noise_plan_history"]})
+        self._state = RefitState(**{**RefitState().to_dict(), **known})
+        self._use(NoisePlan.from_dict(saved["noise_plan"]))
+        if self._settings.mode == "off":
+            self._state.pending = None
+        pending = self._state.pending
+        if pending is not None and self._first and pending["snapshot_step"] not in self._history:
+            self._restart(pending)
+
+    def read_history(self) -> None:
+        """Read what earlier attempts made of their re-fits, on every rank; call it before ``restore``.
+
+        Raises:
+            RefitError: if the history is damaged, the same on all ranks.
+        """
+        if self._settings.replay == "live":
+            return
+        problem, found = "", {}
+        if self._first:
+            try:
+                found = read_history(refit_folder(self._run))
+            except (OSError, RefitError) as error:
+                problem = str(error)
+        problem = self._communicator.broadcast_object(problem)
+        if problem:
+            raise RefitError(
+                f"{problem}; without it this run cannot be repeated: mend the file, or set refit.replay=live"
+            )
+        self._history = {
+            step: RefitOutcome.from_dict(record)
+            for step, record in self._communicator.broadcast_object(
+                [(step, outcome.to_dict()) for step, outcome in found.items()]
+            )
+        }
+
+    def at(self, progress: Progress) -> bool:
+        """Whatever is due between two steps; every rank calls it with the same progress.
+
+        Returns:
+            Whether all is done. False if the run was asked to stop while it waited for a re-fit: no step may
+            be taken then, because its plan is not known; the next attempt waits for it.
+        """
+        if not self._settle_due(progress):
+            return False
+        if self._is_due(progress):
+            self._begin(progress.step)
+        # Without a lag the plan is for the next step already.
+        return self._settle_due(progress)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the plan, those before it, and the re-fits."""
+        return {
+            "noise_plan": None if self.plan is None else self.plan.to_dict(),
+            "noise_plan_history": [list(entry) for entry in self._state.plans],
+            "refit": self._state.to_dict(),
+        }
+
+    def close(self) -> None:
+        """End a process that is still at work; when the run goes on, its re-fit is begun again."""
+        if self._child is not None:
+            self._child.kill()
+
+    @property
+    def _first(self) -> bool:
+        return self._communicator.rank == 0
+
+    def _is_due(self, progress: Progress) -> bool:
+        """Whether an epoch, or ``refit.every_tokens``, was completed since the last one."""
+        settings = self._settings
+        if settings.mode == "off" or self.plan is None:
+            return False
+        if settings.every_tokens is None:
+            passed = progress.samples // self._epoch_samples
+        else:
+            passed = progress.tokens // settings.every_tokens
+        if passed <= self._state.begun:
+            return False
+        self._state.begun = passed
+        return progress.tokens >= settings.start_tokens
+
+    def _begin(self, step: int) -> None:
+        state, hooks = self._state, self._hooks
+        if state.pending is not None:
+            state.count("skipped")
+            hooks.tell(
+                f"re-fit at step {step} skipped: that of step {state.pending['snapshot_step']} is not due"
+            )
+            return
+        pending: dict[str, Any] = {
+            "snapshot_step": step,
+            "adopt_step": step + self._settings.lag_steps,
+            "digest": "",
+            "problem": "",
+        }
+        state.pending = pending
+        known = self._history.get(step)
+        if known is not None and known.adopt_step == pending["adopt_step"]:
+            return  # its outcome is known
+        hooks.tell(
+            f"re-fit begun at step {step} ({self._placement}{hooks.expected()}); its plan is due at step "
+            f"{pending['adopt_step']}"
+        )
+        try:
+            if self._placement == "inline":
+                hooks.measure(result_folder(self._run, step), state.version + 1)
+            else:
+                hooks.snapshot()
+                self._start(pending)
+        except (BdtrainError, OSError) as error:
+            # Told when it would have taken effect: until then nothing changes.
+            pending["problem"] = str(error)
+        hooks.event("refit_begun", snapshot_step=step, adopt_step=pending["adopt_step"])
+
+    def _start(self, pending: dict[str, Any]) -> None:
+        """Start what fits the snapshot, on rank 0; all ranks learn the snapshot's digest, or the problem."""
+        step, told = pending["snapshot_step"], {}
+        if self._first:
+            try:
+                told["digest"] = snapshot_digest(snapshot_folder(self._run, step))
+                self._forget_other(result_folder(self._run, step) / SCHEDULE_FILE, told["digest"])
+                if self._placement != "external":
+                    self._child = self._make_child(step)
+                    self._child.start(os.environ)
+            except OSError as error:
+                # The other ranks wait below.
+                told["problem"] = str(error)
+        pending.update(self._communicator.broadcast_object(told))
+
+    def _restart(self, pending: Mapping[str, Any]) -> None:
+        """Begin a pending re-fit again, on rank 0; an earlier attempt's may have finished meanwhile."""
+        step = pending["snapshot_step"]
+        folder = result_folder(self._run, step)
+        if self._placement in ("inline", "external") or (folder / SCHEDULE_FILE).exists():
+            return
+        self._child = self._make_child(step)
+        self._child.start(os.environ)
+
+    def _make_child(self, step: int) -> RefitChild:
+        folder, gpus = result_folder(self._run, step), self._settings.worker_gpus > 0
+        return RefitChild(self._run, step=step, folder=folder, gpus=gpus)
+
+    @staticmethod
+    def _forget_other(path: Path, digest: str) -> None:
+        """Remove a schedule of another snapshot of the same step."""
+        try:
+            if read_schedule(path).snapshot_sha256 == digest:
+                return
+        except RefitError:
+            pass
+        path.unlink(missing_ok=True)
+
+    def _settle_due(self, progress: Progress) -> bool:
+        """Decide on rank 0 what becomes of a plan that is due, and do it on all; False if stopped before."""
+        pending = self._state.pending
+        if pending is None or progress.step < pending["adopt_step"]:
+            return True
+        known = self._history.get(pending["snapshot_step"])
+        if known is not None and known.adopt_step != pending["adopt_step"]:
+            known = None
+        outcome = known
+        if outcome is None:
+            if not self._wait(pending):
+                return False
+            record = self._decide(pending).to_dict() if self._first else None
+            outcome = RefitOutcome.from_dict(self._communicator.broadcast_object(record))
+        self._apply(outcome)
+        self._tell(outcome, replayed=known is not None)
+        return True
+
+    def _apply(self, outcome: RefitOutcome) -> None:
+        state = self._state
+        state.pending, state.version = None, outcome.version
+        state.count(outcome.outcome)
+        good = outcome.outcome in ("adopted", "kept")
+        state.failures_in_a_row = 0 if good else state.failures_in_a_row + 1
+        if outcome.outcome == "adopted":
+            self._use(outcome.plan)
+            state.plans.append([outcome.adopt_step, outcome.plan.to_dict()])
+
+    def _use(self, plan: NoisePlan) -> None:
+        if plan != self.plan:
+            self.plan, self.objective = plan, self._hooks.build_objective(plan)
+
+    def _tell(self, outcome: RefitOutcome, *, replayed: bool) -> None:
+        state, hooks = self._state, self._hooks
+        words = " (as before the restart)" if replayed else ""
+        hooks.tell(f"re-fit of step {outcome.snapshot_step}: {outcome.outcome}{words}: {outcome.reason}")
+        if state.failures_in_a_row == WARN_AFTER:
+            log = result_folder(self._run, outcome.snapshot_step)
+            hooks.tell(
+                f"warning: {WARN_AFTER} re-fits in a row had no result; training goes on with the plan it "
+                f"has. See {log}"
+            )
+        hooks.event(
+            "refit",
+            snapshot_step=outcome.snapshot_step,
+            outcome=outcome.outcome,
+            reason=outcome.reason,
+            version=outcome.version,
+            replayed=replayed,
+        )
+        assert self.plan is not None
+        beta, omega = self.plan.interval
+        values = {
+            "sched/version": outcome.version,
+            "sched/beta": beta,
+            "sched/omega": omega,
+            **outcome.metrics,
+            "fault/refits_failed": state.counts.get("failed", 0) + state.counts.get("rejected", 0),
+            "fault/refits_late": state.counts.get("late", 0),
+            "fault/refits_skipped": state.counts.get("skipped", 0),
+        }
+        hooks.write(values)
+
+    def _decide(self, pending: Mapping[str, Any]) -> RefitOutcome:
+        """What a re-fit came to, on rank 0. The child is over afterwards, and the outcome on disk."""
+        assert self.plan is not None
+        kept = RefitOutcome(
+            snapshot_step=pending["snapshot_step"],
+            adopt_step=pending["adopt_step"],
+            outcome="failed",
+            reason=str(pending.get("problem", "")),
+            version=self._state.version,
+            plan=self.plan,
+        )
+        outcome = kept if kept.reason else self._judge(pending, kept)
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+        try:
+            append_outcome(refit_folder(self._run), outcome)
+        except OSError as error:
+            # A plan that a restart would not find must not be used.
+            why = f"its outcome could not be written ({error.strerror or error})"
+            return replace(kept, reason=why)
+        return outcome
+
+    def _judge(self, pending: Mapping[str, Any], kept: RefitOutcome) -> RefitOutcome:
+        folder = result_folder(self._run, pending["snapshot_step"])
+        path = folder / SCHEDULE_FILE
+        if not path.exists():
+            child = self._child
+            if child is None or child.running or is_at_work(folder):
+                lag = self._settings.lag_steps
+                return replace(kept, outcome="late", reason=f"no schedule after {lag} steps; the plan stays")
+            return replace(kept, reason=child.problem() or "its process ended and left no schedule")
+        try:
+            decision = check_schedule(
+                read_schedule(path),
+                run_uid=self._run_uid,
+                snapshot_step=pending["snapshot_step"],
+                snapshot_sha256=pending["digest"],
+                version=self._state.version + 1,
+                current=kept.plan,
+            )
+            # What cannot be built here must not be told to the others.
+            self._hooks.build_objective(decision.plan)
+        except BdtrainError as error:
+            return replace(kept, outcome="rejected", reason=str(error))
+        return replace(
+            kept,
+            outcome="adopted" if decision.adopt else "kept",
+            reason=decision.reason,
+            version=self._state.version + 1,
+            plan=decision.plan,
+            metrics=search_metrics(folder / REPORT_FILE, decision.plan.block_size),
+        )
+
+    def _wait(self, pending: Mapping[str, Any]) -> bool:
+        """With ``refit.wait``: let all ranks wait for the schedule, or for the end of what makes it.
+
+        They meet at every look: a wait of any length is shorter than what a collective may take, and a rank
+        that is asked to stop tells the others.
+
+        Returns:
+            False if a rank was asked to stop.
+        """
+        if not self._settings.wait:
+            return True
+        folder = result_folder(self._run, pending["snapshot_step"])
+        end = time.monotonic() + self._settings.deadline_s
+        while True:
+            coming = self._first and time.monotonic() < end and self._is_coming(folder)
+            looks = self._communicator.gather_objects([coming, self._hooks.stopping()])
+            if not looks[0][0]:
+                return True
+            if any(stopping for _, stopping in looks):
+                return False
+            time.sleep(WAIT_POLL_S)
+
+    def _is_coming(self, folder: Path) -> bool:
+        """Whether a schedule is not there and may still come: an earlier attempt's child counts, too."""
+        if self._child is None or (folder / SCHEDULE_FILE).exists():
+            return False
+        return self._child.running or is_at_work(folder)
+
+
+def search_metrics(report: Path, block_size: int) -> dict[str, float]:
+    """Numbers of a search for the dashboards; none where the report cannot be read.
+
+    Args:
+        report: ``report.json`` of the re-fit.
+        block_size: L' of the run.
+    """
+    try:
+        if report.stat().st_size > MAX_BYTES:
+            return {}
+        found = json.loads(report.read_text(encoding="utf-8"))["results"][str(block_size)]
+        rows: Sequence[Mapping[str, Any]] = found["candidates"]
+        current = next(row for row in rows if row["is_current"])
+        winner = next(row for row in rows if row["name"] == found["winner"])
+        values = {
+            "sched/variance": current["variance"],
+            "sched/variance_error": current["variance_error"],
+            "sched/variance_best": winner["variance"],
+            "sched/gain": found["gain"],
+            "sched/p_best": winner["p_best"],
+            "sched/at_edge": float(bool(found["at_edge"])),
+            "sched/nelbo": found["nelbo"],
+            "sched/nelbo_error": found["nelbo_error"],
+        }
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
+    except _UNREADABLE:
+        return {}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}

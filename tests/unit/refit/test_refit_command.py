@@ -1,0 +1,143 @@
+"""The command of a re-fit: what it refuses, with which exit code, and what its deadline does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bdtrain.config import dump_resolved, load_config
+from bdtrain.config.loader import value_of
+from bdtrain.errors import ConfigError
+from bdtrain.refit.command import _configured, main
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --run RUN or --checkpoint FOLDER"),
+        (["--run", "r", "--checkpoint", "c", "--out", "o"], "give either --run RUN or --checkpoint FOLDER"),
+        (["--checkpoint", "c"], "--out says where the results of --checkpoint go"),
+        (["--run", "r", "--out", "o"], "--out says where the results of --checkpoint go"),
+        (["--checkpoint", "c", "--out", "o", "--watch"], "--watch and --step belong to --run"),
+        (["--checkpoint", "c", "--out", "o", "--step", "3"], "--watch and --step belong to --run"),
+        (["--run", "r", "--watch", "--step", "3"], "--watch takes every snapshot"),
+        (["--run", "r", "train.steps=3"], "train.steps=3: only settings of the section refit"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(capsys, arguments, message):
+    assert main(arguments) == 8
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1 and message in said
+
+
+def test_a_run_without_a_snapshot_is_told_what_writes_one(capsys, tmp_path):
+    assert main(["--run", str(tmp_path)]) == 8
+    said = capsys.readouterr().err
+    assert "holds no snapshot" in said and "refit.mode=clip" in said
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--run", "RUN", "--step", "5"], ["--checkpoint", "RUN", "--out", "RUN/out"]]
+)
+def test_a_snapshot_that_is_not_there_is_a_damaged_one(capsys, tmp_path, arguments):
+    assert main([word.replace("RUN", str(tmp_path)) for word in arguments]) == 7
+    assert "is not a folder" in (said := capsys.readouterr().err) or "MANIFEST.json" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--step", "0"], ["--step", "two"], ["--device", "tpu"], ["--nice", "x"]]
+)
+def test_what_no_argument_can_be_is_refused_by_the_parser(capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        main(["--run", "r", *arguments])
+    assert end.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+RUN = """\
+model: {num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, vocab_multiple: 16}
+data: {kind: synthetic, seq_len: 32}
+diffusion: {block_size: 4}
+train: {steps: 20, global_batch_size: 8}
+"""
+
+
+@pytest.fixture
+def resolved(tmp_path):
+    """``resolved(overrides)``: the configuration that such a run saves with its snapshots."""
+
+    def make(*overrides):
+        source, path = tmp_path / "run.yaml", tmp_path / "config.yaml"
+        source.write_text(RUN)
+        path.write_text(dump_resolved(load_config([source], overrides).config))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("run", "given"),
+    [
+        ((), ()),
+        ((), ("refit.mode=counts",)),
+        (("refit.mode=counts", "refit.uniform_share=0.1"), ("refit.mode=clip", "refit.widths=[0.5]")),
+        (("refit.mode=clip", "refit.start_step=0.1"), ("refit.mode=counts", "refit.uniform_share=0.1")),
+        (
+            ("refit.mode=clip", "refit.ray_address=auto", "refit.workers=4", "refit.quorum=0.5"),
+            ("refit.placement=process",),
+        ),
+        (
+            ("refit.mode=clip", "refit.placement=inline"),
+            ("refit.placement=ray", "refit.ray_address=auto", "refit.workers=4"),
+        ),
+        (("refit.mode=clip", "refit.placement=process", "refit.wait=true"), ("refit.placement=inline",)),
+    ],
+)
+def test_settings_of_the_run_that_the_given_ones_leave_idle_are_dropped(resolved, run, given):
+    found = _configured(resolved(*run), given)
+    assert all(
+        str(value_of(found, text.partition("=")[0])) in text.replace("[0.5]", "(0.5,)") for text in given
+    )
+    rest = {"diffusion.block_size": 4, "data.seq_len": 32, "train.global_batch_size": 8}
+    assert {key: value_of(found, key) for key in rest} == rest
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["refit.mode=clip", "refit.uniform_share=0.1"], "refit.uniform_share would be ignored"),
+        (["refit.mode=clip", "refit.placement=process", "refit.workers=2"], "refit.workers would be ignored"),
+        (["refit.blocks=1"], "refit.blocks"),
+        (["refit.block=300"], "did you mean refit.blocks"),
+        (["refit.blocks=300", "refit.blocks=400"], "given twice"),
+        (["refit.mode=clip", "refit.lag_steps=0", "refit.placement=process"], "would always come too late"),
+    ],
+)
+def test_a_setting_that_is_given_must_be_right_and_have_an_effect(resolved, given, said):
+    with pytest.raises(ConfigError) as found:
+        _configured(resolved(), given)
+    assert said in str(found.value)
+
+
+def test_a_re_fit_that_hangs_ends_itself_at_its_deadline():
+    code = """
+import sys, threading
+from types import SimpleNamespace
+from bdtrain.refit.command import _deadline
+with _deadline(SimpleNamespace(refit=SimpleNamespace(deadline_s=0.05))):
+    threading.Event().wait(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 8
+    assert "took longer than refit.deadline_s=0.05; nothing was written" in done.stderr

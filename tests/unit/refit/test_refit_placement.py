@@ -1,0 +1,68 @@
+"""Where re-fits happen: the table of ``auto``, and Ray that is asked for and absent."""
+
+import importlib.util
+
+import pytest
+
+from bdtrain.config import RunConfig
+from bdtrain.errors import RefitError
+from bdtrain.refit.backends import choose_measure, settle_placement
+from bdtrain.refit.job import measure_here
+from bdtrain.testing import tiny_model_config
+
+
+def run_config(**refit):
+    return RunConfig.model_validate(
+        {
+            "model": tiny_model_config(),
+            "data": {"kind": "synthetic", "seq_len": 32},
+            "train": {"steps": 1, "global_batch_size": 8},
+            "refit": {"mode": "clip", **refit},
+        }
+    )
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def with_ray(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_gpus", "expected", "why"),
+    [
+        ({}, False, "process", "no cluster"),
+        ({}, True, "inline", "GPUs are busy"),
+        ({"ray_address": "auto"}, True, "ray", "refit.ray_address=auto"),
+        ({"ray_address": "head:6379"}, False, "ray", "refit.ray_address=head:6379"),
+        ({"placement": "ray"}, True, "ray", "as refit.placement says"),
+        ({"placement": "process"}, True, "process", "as refit.placement says"),
+        ({"placement": "inline"}, False, "inline", "as refit.placement says"),
+        ({"placement": "external"}, False, "external", "as refit.placement says"),
+    ],
+)
+def test_auto_takes_a_named_cluster_else_the_ranks_on_gpus_else_a_process(
+    with_ray, settings, on_gpus, expected, why
+):
+    chosen, reason = settle_placement(run_config(**settings), on_gpus=on_gpus)
+    assert chosen == expected and why in reason
+
+
+def test_ray_that_is_not_there_is_refused_before_the_run(without_ray):
+    for settings in ({"placement": "ray"}, {"ray_address": "auto"}):
+        with pytest.raises(RefitError, match=r"Ray is not installed; pip install 'bdtrain\[ray\]'"):
+            settle_placement(run_config(**settings), on_gpus=False)
+        with pytest.raises(RefitError, match="Ray is not installed"):
+            choose_measure(run_config(**settings))
+    assert settle_placement(run_config(), on_gpus=False)[0] == "process"
+
+
+def test_only_ray_needs_more_than_this_process(with_ray):
+    for settings in ({}, {"placement": "process"}, {"placement": "external"}, {"placement": "inline"}):
+        assert choose_measure(run_config(**settings)) is measure_here
+    for settings in ({"placement": "ray"}, {"ray_address": "auto"}):
+        assert choose_measure(run_config(**settings)) is not measure_here
