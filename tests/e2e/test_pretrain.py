@@ -120,6 +120,25 @@ def test_micro_batch_and_launcher_do_not_change_the_run(trained, tmp_path):
     assert theirs == pytest.approx(ours, rel=1e-5)
 
 
+def test_a_run_begins_with_the_weights_of_another(trained, tmp_path):
+    folder, _ = trained
+    overrides = [f"run.folder={tmp_path / 'next'}", "train.steps=4", "checkpoint.save_final=false"]
+    start = f"train.init_from={folder / 'checkpoint'}"
+    done = run("launchers/pretrain.py", "--config", TINY, *overrides, start)
+    assert "begins with the averaged weights of step 20" in done.stdout
+    ended = [line for line in metrics(folder) if "val/nelbo" in line][-1]
+    begun = next(line for line in metrics(tmp_path / "next") if "val/nelbo" in line)
+    assert begun["step"] == 0
+    assert begun["val/nelbo"] == pytest.approx(ended["val/nelbo"], rel=1e-6)
+
+    # Whatever cannot be its beginning is named, with nothing left behind.
+    wider = [f"run.folder={tmp_path / 'wider'}", "model.hidden_size=64", start]
+    assert "are not this model's" in run("launchers/pretrain.py", "--config", TINY, *wider, expect=7).stderr
+    missing = ["--config", TINY, f"run.folder={tmp_path / 'none'}", f"train.init_from={tmp_path}"]
+    assert "is no model folder or checkpoint" in run("launchers/pretrain.py", *missing, expect=3).stderr
+    assert not (tmp_path / "wider").exists() and not (tmp_path / "none").exists()
+
+
 def test_a_run_never_writes_over_another(trained):
     folder, _ = trained
     before = losses(folder)
