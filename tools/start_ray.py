@@ -26,6 +26,7 @@ from bdtrain.refit.ray_cluster import (
     TOKEN_PATH,
     check_loopback,
     end_processes,
+    listening_sockets,
     prepare_environment,
     private_folder,
     session_processes,
@@ -54,6 +55,9 @@ def main(arguments: list[str]) -> int:
     settings = RaySettings(
         address="local", num_workers=1, cpus_per_worker=options.cpus, gpus_per_worker=options.gpus
     )
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # Else the head, which has a session of its own, would outlive this.
+        signal.signal(number, signal.default_int_handler)
     try:
         with private_folder(None) as folder:
             return serve(folder, settings, options)
@@ -117,6 +121,11 @@ def wait_until_up(head: subprocess.Popen[bytes], folder: Path, port: int, log: P
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 # Its helpers open theirs a little later.
                 time.sleep(5.0)
+                ours = {process.pid for process in session_processes(os.getpid(), folder)}
+                if port not in {one.port for one in listening_sockets(ours)}:
+                    raise RefitError(
+                        f"port {port} of this machine is somebody else's; choose another --dashboard-port"
+                    )
                 return check_loopback(os.getpid(), folder)
         time.sleep(0.5)
     raise RefitError(f"Ray was not there after {START_S:g} s: {last_line(log)}")

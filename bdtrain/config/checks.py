@@ -111,7 +111,8 @@ def check_paths(config: RunConfig) -> None:
         _check_corpus(Path(config.data.path))
     _check_sets(config.validation.sets)
     start = config.train.init_from
-    if start is not None and not (Path(start) / "MANIFEST.json").is_file():
+    begun = any((Path(config.run.folder) / "checkpoints").glob("step-*"))
+    if start is not None and not begun and not (Path(start) / "MANIFEST.json").is_file():
         raise ConfigError(
             f"train.init_from={start} is no model folder or checkpoint (working directory {Path.cwd()}); "
             "give a folder with a MANIFEST.json, for example RUN/checkpoint, or train.init_from=null"

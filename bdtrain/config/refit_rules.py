@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from bdtrain.config.problems import Problem
@@ -39,7 +40,13 @@ def refit_conflicts(config: RunConfig) -> Iterator[Problem]:
             "refit.wait=true with refit.placement=external: nobody may be there to wait for; use wait=false, "
             "or another placement",
         )
-    if refit.worker_gpus and refit.placement in ("inline", "process"):
+    if not re.fullmatch(r"local|auto|\S+:\d+", refit.ray_address):
+        yield Problem(
+            ("refit.ray_address",),
+            f"refit.ray_address={refit.ray_address} is no address; use local, auto or host:port",
+        )
+    on_ray = refit.placement == "ray" or (refit.placement == "auto" and refit.ray_address != "local")
+    if refit.worker_gpus and not on_ray:
         yield Problem(
             ("refit.worker_gpus", "refit.placement"),
             f"refit.worker_gpus={refit.worker_gpus} with refit.placement={refit.placement}; GPUs are "

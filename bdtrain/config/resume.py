@@ -19,7 +19,7 @@ Change = tuple[str, Any, Any]
 
 VOCABULARY = "model.vocab_size"
 
-_FIXED = ("model.", "diffusion.", "data.", "run.seed", "train.global_batch_size")
+_FIXED = ("model.", "diffusion.", "data.", "run.seed", "train.global_batch_size", "train.init_from")
 # The corpus is known by its fingerprint, wherever it lies; a backend is a way to compute the same numbers.
 _FREE_INSIDE = ("data.path", "data.prefetch_batches", "model.attention_backend")
 _UNRECORDED = ("run.name", "run.folder", "run.resume", "train.log_every_steps", "tracking.")

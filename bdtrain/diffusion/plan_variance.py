@@ -217,7 +217,7 @@ def fit_density(
     if where is None:
         raise DataError(
             f"no density can be fitted: too few measured blocks have all {size} tokens maskable; measure "
-            "more sequences (refit.sequences)"
+            "more sequences (refit.blocks)"
         )
     tables = compile_tables(replace(plan, density=None))
     spread = np.sqrt((moments.second if independent else moments.variance)[0, where])

@@ -182,7 +182,7 @@ def build_cells(records: BlockRecords, *, min_samples: int = MIN_SAMPLES) -> Cel
     if not len(sizes):
         raise DataError(
             f"{records.blocks} measured blocks are too few: no number of maskable tokens has {min_samples} "
-            "blocks for each mask count; measure more sequences (refit.sequences)"
+            "blocks for each mask count; measure more sequences (refit.blocks)"
         )
     offsets = np.concatenate(([0], np.cumsum(np.minimum(sizes, BINS))))
     first = np.full(filled.shape[0], -1, dtype=np.int64)

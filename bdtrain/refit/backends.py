@@ -7,7 +7,7 @@ from typing import Any
 
 from bdtrain.config import RunConfig
 from bdtrain.diffusion.variance import BlockRecords
-from bdtrain.errors import RefitError
+from bdtrain.errors import ConfigError, RefitError
 from bdtrain.refit.job import Measure, join_shards, measure_here
 from bdtrain.refit.request import RefitRequest
 
@@ -24,8 +24,11 @@ def settle_placement(config: RunConfig, *, on_gpus: bool) -> tuple[str, str]:
 
     Raises:
         RefitError: if Ray is asked for and not installed.
+        ConfigError: if no plan could be there in time.
     """
     refit = config.refit
+    if refit.mode == "off":
+        return "inline", "nothing to do"
     if refit.placement == "auto":
         if refit.ray_address != "local":
             chosen, why = "ray", f"refit.ray_address={refit.ray_address} names a cluster"
@@ -35,6 +38,11 @@ def settle_placement(config: RunConfig, *, on_gpus: bool) -> tuple[str, str]:
             chosen, why = "process", "one more process beside the trainer; no cluster is named"
     else:
         chosen, why = refit.placement, "as refit.placement says"
+    if refit.lag_steps == 0 and not refit.wait and chosen != "inline":
+        raise ConfigError(
+            f"refit.lag_steps=0 with placement {chosen} ({why}): its plan would always come too late; set "
+            "refit.wait=true, or give refit.lag_steps time for it"
+        )
     if chosen == "ray" and importlib.util.find_spec("ray") is None:
         raise RefitError(
             "refit.placement=ray, and Ray is not installed; pip install 'bdtrain[ray]', or choose "

@@ -6,6 +6,7 @@ that is continued from an earlier checkpoint uses the same plans at the same ste
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.errors import ConfigError, RefitError
+from bdtrain.files import sync_folder
 
 HISTORY_FILE = "history.jsonl"
 
@@ -83,15 +85,22 @@ def append_outcome(folder: Path, outcome: RefitOutcome) -> None:
         OSError: if the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / HISTORY_FILE).open("a+b") as file:
+    text = json.dumps(outcome.to_dict(), sort_keys=True, allow_nan=False)
+    with (folder / HISTORY_FILE).open("a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))
         # A line that a crash tore gets an end first.
         torn = end > 0 and file.read(1) != b"\n"
-        text = json.dumps(outcome.to_dict(), sort_keys=True, allow_nan=False)
-        file.write(b"\n" * torn + text.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(b"\n" * torn + text.encode() + b"\n")
+            os.fsync(file.fileno())
+        except OSError:
+            # The caller goes on without the outcome: a restart must not find it.
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+    if not end:
+        sync_folder(folder)
 
 
 def read_history(folder: Path) -> dict[int, RefitOutcome]:

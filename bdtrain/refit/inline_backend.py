@@ -12,9 +12,10 @@ from bdtrain.data.loader import ValidationSet
 from bdtrain.data.source import Source
 from bdtrain.diffusion.build import build_objective
 from bdtrain.diffusion.plan import NoisePlan, evaluation_plan
+from bdtrain.errors import BdtrainError, RefitError
 from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.refit.gradients import report_gradients
-from bdtrain.refit.job import judge, make_schedule, publish
+from bdtrain.refit.job import add_gradients, judge, make_schedule, publish
 from bdtrain.refit.measure import measure_blocks
 from bdtrain.refit.request import make_request
 
@@ -68,30 +69,30 @@ def refit_inline(
     if not first:
         return
     measured = time.monotonic()
-    results = judge(records, current, config)
-    searched = time.monotonic()
-    seconds = {"open": 0.0, "measure": measured - started, "search": searched - measured}
-    gradients = None
+    try:
+        results = judge(records, current, config)
+        seconds = {"open": 0.0, "measure": measured - started, "search": time.monotonic() - measured}
+        schedule = make_schedule(results, current, run_uid=run_uid, step=step, digest="", version=version)
+        said = {"backend": "inline"}
+        report = publish(folder, schedule, results, request=request, seconds=seconds, measurement=said)
+    except (BdtrainError, OSError):
+        raise
+    except Exception as error:
+        # On this rank alone, and without collectives: the run goes on with the plan it has.
+        raise RefitError(f"the search failed ({type(error).__name__}: {error})") from error
     if config.refit.gradient_variance:
-        # This rank alone, without collectives: the others wait at the next one.
-        gradients = report_gradients(
-            model,
-            config.diffusion,
-            config.data,
-            source,
-            results,
-            batch_size=request.batch_sequences,
-            seed=request.seed,
-            device=device,
+        # The others wait at the next collective meanwhile.
+        add_gradients(
+            folder,
+            report,
+            lambda: report_gradients(
+                model,
+                config.diffusion,
+                config.data,
+                source,
+                results,
+                batch_size=request.batch_sequences,
+                seed=request.seed,
+                device=device,
+            ),
         )
-        seconds["gradients"] = time.monotonic() - searched
-    schedule = make_schedule(results, current, run_uid=run_uid, step=step, digest="", version=version)
-    publish(
-        folder,
-        schedule,
-        results,
-        request=request,
-        seconds=seconds,
-        measurement={"backend": "inline"},
-        gradients=gradients,
-    )

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from bdtrain.checkpoint.weights import SavedModel, open_model
-from bdtrain.config import RunConfig
-from bdtrain.data.build import build_source
+from bdtrain.config import DataConfig, RunConfig
+from bdtrain.data.source import Source
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.diffusion.variance import BlockRecords
-from bdtrain.errors import BdtrainError, RefitError
+from bdtrain.errors import RefitError
 from bdtrain.files import write_atomic
 from bdtrain.refit.candidates import SearchSettings
 from bdtrain.refit.request import RefitRequest, make_request
@@ -37,6 +37,7 @@ from bdtrain.refit.schedule_file import (
 )
 from bdtrain.refit.search import SearchResult, search
 from bdtrain.refit.snapshot import data_section, snapshot_digest
+from bdtrain.validation.held_out import Trained, check_tokenizer, open_split
 
 LOCK_FILE = ".lock"
 REPORT_FORMAT = "bdtrain-refit-report/1"
@@ -104,29 +105,25 @@ def run_refit(
         config = config or saved.config
         current = plan_in_use(saved)
         section = data_section(saved.config, data_path)
-        rows = build_source(section, split="valid", seed=saved.config.run.seed).num_samples
+        rows = open_rows(saved, section).num_samples
         request = make_request(
             config,
             snapshot=str(snapshot.resolve()),
             rows=rows,
             block_sizes=block_sizes or (current.block_size,),
             device=device,
-            data_path=data_path,
+            # Whole: workers of a cluster have working folders of their own.
+            data_path=None if section.path is None else str(Path(section.path).resolve()),
         )
         opened = time.monotonic()
         records, said = measure(request)
         measured = time.monotonic()
         results = judge(records, current, config)
-        searched = time.monotonic()
         seconds = {
             "open": opened - started,
             "measure": measured - opened,
-            "search": searched - measured,
+            "search": time.monotonic() - measured,
         }
-        gradients = None
-        if config.refit.gradient_variance:
-            gradients = _report_gradients(request, results)
-            seconds["gradients"] = time.monotonic() - searched
         schedule = make_schedule(
             results,
             current,
@@ -135,26 +132,29 @@ def run_refit(
             digest=digest,
             version=int(saved.facts.get("refit", {}).get("version", 0)) + 1,
         )
-        publish(
-            folder,
-            schedule,
-            results,
-            request=request,
-            seconds=seconds,
-            measurement=said,
-            gradients=gradients,
-        )
+        report = publish(folder, schedule, results, request=request, seconds=seconds, measurement=said)
+        if config.refit.gradient_variance:
+            add_gradients(folder, report, lambda: _report_gradients(request, results))
     return Refit(schedule, results, folder, seconds)
 
 
 def _report_gradients(request: RefitRequest, results: Mapping[int, SearchResult]) -> dict[str, Any]:
-    """The report on gradients, made in this process; the schedule does not depend on it."""
+    """The report on gradients, made in this process."""
     from bdtrain.refit.worker import RefitWorker
 
-    try:
-        return RefitWorker(request).report_gradients(results)
-    except BdtrainError as error:
-        return {str(size): {"error": str(error)} for size in results}
+    return RefitWorker(request).report_gradients(results)
+
+
+def open_rows(saved: SavedModel, section: DataConfig) -> Source:
+    """Held-out rows of the model's tokenizer.
+
+    Raises:
+        TokenizerError: if the corpus was made with another one.
+    """
+    held_out = open_split(section, split="valid", seed=saved.config.run.seed)
+    tokenizer = str(saved.facts["tokenizer"]["sha256"])
+    check_tokenizer(held_out, Trained(str(saved.folder), tokenizer, saved.tokenizer))
+    return held_out.source
 
 
 def plan_in_use(saved: SavedModel) -> NoisePlan:
@@ -231,8 +231,7 @@ def publish(
     request: RefitRequest,
     seconds: Mapping[str, float],
     measurement: Mapping[str, Any],
-    gradients: Mapping[str, Any] | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Write the report, then the schedule: who sees the schedule finds the report beside it.
 
     Args:
@@ -242,12 +241,14 @@ def publish(
         request: the measurement that was asked for.
         seconds: wall time by part.
         measurement: what is to be said of it.
-        gradients: of ``bdtrain.refit.gradients.report_gradients``; None leaves it out.
+
+    Returns:
+        The report.
 
     Raises:
         OSError: if the disk refuses.
     """
-    report = {
+    report: dict[str, Any] = {
         "format": REPORT_FORMAT,
         "run_uid": schedule.run_uid,
         "snapshot_step": schedule.snapshot_step,
@@ -257,12 +258,33 @@ def publish(
         "measurement": dict(measurement),
         "results": {str(size): result.to_dict() for size, result in results.items()},
     }
-    if gradients is not None:
-        report["gradients"] = dict(gradients)
     folder.mkdir(parents=True, exist_ok=True)
+    _write_report(folder, report)
+    write_schedule(folder, schedule)
+    return report
+
+
+def add_gradients(folder: Path, report: dict[str, Any], make: Callable[[], Mapping[str, Any]]) -> None:
+    """Add what is known of gradients to a report, once the schedule is there. Nothing is raised.
+
+    Args:
+        folder: with the report and the schedule.
+        report: as it was written; changed.
+        make: makes ``bdtrain.refit.gradients.report_gradients``.
+    """
+    started = time.monotonic()
+    try:
+        report["gradients"] = dict(make())
+        report["seconds"]["gradients"] = time.monotonic() - started
+        _write_report(folder, report)
+    except Exception as error:
+        # It decides nothing: whatever went wrong, memory above all, must cost neither plan nor run.
+        print(f"no report on gradients: {type(error).__name__}: {error}", flush=True)
+
+
+def _write_report(folder: Path, report: Mapping[str, Any]) -> None:
     text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_atomic(folder / REPORT_FILE, text.encode())
-    write_schedule(folder, schedule)
 
 
 def measure_here(request: RefitRequest) -> tuple[dict[int, BlockRecords], dict[str, Any]]:

@@ -23,19 +23,12 @@ from pathlib import Path
 
 from bdtrain.errors import RefitError
 from bdtrain.refit.outcome import AUTO, RaySettings, split_address
+from bdtrain.tracking.child import LAUNCHER_PREFIXES, RANK_VARIABLES
 
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """At 0, on any system, Ray takes 127.0.0.1 for the node's address instead of the one others reach."""
 
 TOKEN_MODE, TOKEN_PATH, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"
-
-_LAUNCHER_NAMES = frozenset(
-    {
-        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"),
-        *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE"),
-    }
-)
-_LAUNCHER_PREFIXES = ("MASTER_", "SLURM_", "PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_")
 
 _FOLDER_PREFIX = "bdr-"
 _LOCK = "lock"
@@ -56,7 +49,7 @@ def strip_launch_environment(environment: MutableMapping[str, str]) -> list[str]
         Names that were taken away, in order.
     """
     names = sorted(
-        name for name in environment if name in _LAUNCHER_NAMES or name.startswith(_LAUNCHER_PREFIXES)
+        name for name in environment if name in RANK_VARIABLES or name.startswith(LAUNCHER_PREFIXES)
     )
     for name in names:
         del environment[name]

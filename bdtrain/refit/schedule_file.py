@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,8 @@ def check_schedule(
         problems.append(f"no plan for block size {current.block_size} (it has {sizes})")
     elif decision.plan.block_size != current.block_size:
         problems.append(f"a plan for block size {decision.plan.block_size} under {current.block_size}")
+    elif replace(decision.plan, clip_range=current.clip_range, density=current.density) != current:
+        problems.append("a plan that differs in more than its range and its density")
     elif not decision.adopt and decision.plan != current:
         problems.append("a plan that is not the one in use, and yet not new")
     if problems or decision is None:

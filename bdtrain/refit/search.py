@@ -179,7 +179,7 @@ def search(records: BlockRecords, current: NoisePlan, settings: SearchSettings) 
     if cells.sequences < 2:
         raise DataError(
             f"records of {cells.sequences} sequence; the bootstrap needs at least 2: measure more sequences "
-            "(refit.sequences)"
+            "(refit.blocks)"
         )
     measured = moments(records, cells)
     resampled = moments(records, cells, bootstrap_weights(cells.sequences, settings))
@@ -346,7 +346,7 @@ def _decide(
     )
     if gain < settings.min_gain:
         return False, gain, f"{found}, less than the {settings.min_gain:.1%} that a change takes; it is kept."
-    if winner.difference_low <= 0.0:
+    if not winner.difference_low > 0.0:
         return False, gain, f"{found}, but {interval} holds 0; it is kept."
     return True, gain, f"{found}, and {interval} excludes 0; {winner.name} is adopted."
 

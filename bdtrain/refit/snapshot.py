@@ -86,16 +86,32 @@ def write_snapshot(
         communicator=communicator,
     )
     if communicator.rank == 0:
-        _prune(snapshots_folder(run))
+        # Here no OSError may come out: on this rank alone it would part the ranks.
+        with contextlib.suppress(OSError):
+            older = [place for number, place in list_checkpoints(snapshots_folder(run)) if number <= step]
+            _delete(older[:-KEPT])
     return saved
 
 
-def _prune(root: Path) -> None:
-    """Delete all but the newest; a snapshot that cannot be deleted costs nothing but room."""
-    for _, folder in list_checkpoints(root)[:-KEPT]:
+def forget_later(run: Path, step: int) -> None:
+    """Delete snapshots of steps that the run has not taken yet: an earlier attempt left them. For rank 0.
+
+    The run may come to those steps with other weights, and a step's snapshot is never replaced.
+
+    Args:
+        run: folder of the run.
+        step: batches taken.
+    """
+    with contextlib.suppress(OSError):
+        _delete([place for number, place in list_checkpoints(snapshots_folder(run)) if number > step])
+
+
+def _delete(folders: Sequence[Path]) -> None:
+    """Delete snapshots; one that cannot be deleted costs nothing but room."""
+    for folder in folders:
         with contextlib.suppress(OSError):
             # Renamed first: half a deletion must not look like a snapshot.
-            dead = root / f".tmp-dead-{folder.name}"
+            dead = folder.with_name(f".tmp-dead-{folder.name}")
             folder.rename(dead)
             shutil.rmtree(dead)
 

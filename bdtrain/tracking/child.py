@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 RANK_VARIABLES = frozenset(
-    {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    {
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"),
+        *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    }
 )
 """What ``torchrun`` and ``deepspeed`` tell a rank."""
 
-LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "SLURM_")
-"""What ``mpirun`` and ``srun`` tell theirs."""
+LAUNCHER_PREFIXES = ("MASTER_", "SLURM_", "PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_")
+"""What these, ``mpirun`` and ``srun`` call the rest."""
 
 
 def child_environment(

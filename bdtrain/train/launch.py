@@ -13,7 +13,7 @@ import torch
 
 from bdtrain import __version__
 from bdtrain.checkpoint.communicator import Communicator, TorchCommunicator
-from bdtrain.checkpoint.folders import choose_checkpoint, clean_leftovers
+from bdtrain.checkpoint.folders import choose_checkpoint, clean_leftovers, list_checkpoints
 from bdtrain.checkpoint.load import TrainingState
 from bdtrain.config import RunConfig
 from bdtrain.config.layout import Layout
@@ -22,7 +22,7 @@ from bdtrain.errors import BdtrainError, CheckpointError, ConfigError, NonFinite
 from bdtrain.parallel.groups import destroy_groups, host_group, init_groups
 from bdtrain.parallel.launch_environment import Launch
 from bdtrain.refit.backends import settle_placement
-from bdtrain.refit.snapshot import snapshots_folder
+from bdtrain.refit.snapshot import forget_later, snapshots_folder
 from bdtrain.tracking.console import Console, format_count, format_seconds
 from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog, attempt_spans
@@ -42,6 +42,7 @@ from bdtrain.train.folder import (
 from bdtrain.train.loop import RunSummary, Stopped, Trainer
 from bdtrain.train.profiling import StepProfiler, check_ranks
 from bdtrain.train.progress import Progress
+from bdtrain.train.refit import load_history
 from bdtrain.train.run_lock import RunLock
 from bdtrain.train.setup import Parts, build_parts, prepare_machine
 from bdtrain.train.signals import StopRequest
@@ -99,6 +100,7 @@ def train_from_config(
             groups,
             communicator,
             known=claimed.known,
+            begun=communicator.broadcast_object(bool(list_checkpoints(claimed.checkpoints))),
             device=device,
             console=console,
             stack=stack,
@@ -145,9 +147,16 @@ def start_attempt(
             f"attempt {folder.attempt} continues at step {progress.step} from {found.newest.name}"
             + "".join(f"\n  {key}: {before} -> {now}" for key, before, now in facts.get("changed", []))
         )
+    elif found.rejected and config.train.init_from is not None:
+        raise CheckpointError(
+            f"no checkpoint of this run is whole, and train.init_from={config.train.init_from} was not read "
+            f"because there are some; move {folder.checkpoints} aside to begin anew from there"
+        )
     elif folder.known is not None:
         console.line(f"attempt {folder.attempt} begins anew: the run has no whole checkpoint")
-    metrics = open_books(config, parts, folder, goodput=goodput, clock=clock, stack=stack)
+    # Read again below; here, because a history that is damaged must leave the books alone.
+    load_history(config, communicator)
+    metrics = open_books(config, parts, folder, goodput=goodput, clock=clock, step=progress.step, stack=stack)
     shipper = None
     if metrics is not None:
         if metrics.cut_bytes:
@@ -215,6 +224,7 @@ def open_books(
     *,
     goodput: Goodput,
     clock: dict[str, Any] | None,
+    step: int,
     stack: ExitStack,
 ) -> MetricsLog | None:
     """Write down that the attempt begins, and open the metrics file.
@@ -225,6 +235,7 @@ def open_books(
         folder: of the run.
         goodput: takes the time of earlier attempts.
         clock: what the checkpoint says of that time; None without one.
+        step: batches taken so far.
         stack: closes the file.
 
     Returns:
@@ -245,6 +256,7 @@ def open_books(
         begin_attempt(folder, config, identity)
         clean_leftovers(folder.checkpoints)
         clean_leftovers(snapshots_folder(folder.path))
+        forget_later(folder.path, step)
         try:
             opened.append(stack.enter_context(MetricsLog(folder.path / METRICS_FILE, folder.attempt)))
         except (OSError, ValueError) as error:
@@ -379,9 +391,10 @@ def write_report_or_say_why(folder: Path, console: Console) -> Path | None:
         folder: of the run.
         console: told in one line why there is none.
     """
-    from bdtrain.tracking.report import write_report
-
     try:
+        # Here: a package that was exchanged under a long run must not end it badly.
+        from bdtrain.tracking.report import write_report
+
         return write_report(folder)
     except Exception as found:
         # Whatever a file of the run holds that nobody expected: the run itself is over and well.

@@ -64,7 +64,8 @@ class RefitState:
 
     Attributes:
         version: of the schedule in force; 0 is the configuration's plan.
-        begun: how many were due so far.
+        seen: samples and tokens taken when it was last asked whether a re-fit is due; None where a checkpoint
+            does not say.
         pending: the one that is begun and not settled: snapshot step, the step it is due, digest.
         counts: outcomes so far, and ``skipped``: due while another one was pending.
         failures_in_a_row: of the last ones, those without a result.
@@ -72,7 +73,7 @@ class RefitState:
     """
 
     version: int = 0
-    begun: int = 0
+    seen: dict[str, int] | None = field(default_factory=lambda: {"samples": 0, "tokens": 0})
     pending: dict[str, Any] | None = None
     counts: dict[str, int] = field(default_factory=dict)
     failures_in_a_row: int = 0
@@ -82,7 +83,7 @@ class RefitState:
         """Plain values for JSON."""
         return {
             "version": self.version,
-            "begun": self.begun,
+            "seen": None if self.seen is None else dict(self.seen),
             "pending": None if self.pending is None else dict(self.pending),
             "counts": dict(self.counts),
             "failures_in_a_row": self.failures_in_a_row,
@@ -164,7 +165,7 @@ class ScheduleRefit:
             return
         # Copied: the checkpoint's record stays what was read.
         known = copy.deepcopy({**(saved.get("refit") or {}), "plans": saved["noise_plan_history"]})
-        self._state = RefitState(**{**RefitState().to_dict(), **known})
+        self._state = RefitState(**{**RefitState().to_dict(), "seen": None, **known})
         self._use(NoisePlan.from_dict(saved["noise_plan"]))
         if self._settings.mode == "off":
             self._state.pending = None
@@ -178,25 +179,7 @@ class ScheduleRefit:
         Raises:
             RefitError: if the history is damaged, the same on all ranks.
         """
-        if self._settings.replay == "live":
-            return
-        problem, found = "", {}
-        if self._first:
-            try:
-                found = read_history(refit_folder(self._run))
-            except (OSError, RefitError) as error:
-                problem = str(error)
-        problem = self._communicator.broadcast_object(problem)
-        if problem:
-            raise RefitError(
-                f"{problem}; without it this run cannot be repeated: mend the file, or set refit.replay=live"
-            )
-        self._history = {
-            step: RefitOutcome.from_dict(record)
-            for step, record in self._communicator.broadcast_object(
-                [(step, outcome.to_dict()) for step, outcome in found.items()]
-            )
-        }
+        self._history = load_history(self._config, self._communicator)
 
     def at(self, progress: Progress) -> bool:
         """Whatever is due between two steps; every rank calls it with the same progress.
@@ -232,16 +215,15 @@ class ScheduleRefit:
     def _is_due(self, progress: Progress) -> bool:
         """Whether an epoch, or ``refit.every_tokens``, was completed since the last one."""
         settings = self._settings
-        if settings.mode == "off" or self.plan is None:
+        before, now = self._state.seen, {"samples": progress.samples, "tokens": progress.tokens}
+        self._state.seen = now
+        if settings.mode == "off" or self.plan is None or before is None:
             return False
         if settings.every_tokens is None:
-            passed = progress.samples // self._epoch_samples
+            unit, period = "samples", self._epoch_samples
         else:
-            passed = progress.tokens // settings.every_tokens
-        if passed <= self._state.begun:
-            return False
-        self._state.begun = passed
-        return progress.tokens >= settings.start_tokens
+            unit, period = "tokens", settings.every_tokens
+        return now[unit] // period > before[unit] // period and now["tokens"] >= settings.start_tokens
 
     def _begin(self, step: int) -> None:
         state, hooks = self._state, self._hooks
@@ -261,11 +243,11 @@ class ScheduleRefit:
         known = self._history.get(step)
         if known is not None and known.adopt_step == pending["adopt_step"]:
             return  # its outcome is known
-        hooks.tell(
-            f"re-fit begun at step {step} ({self._placement}{hooks.expected()}); its plan is due at step "
-            f"{pending['adopt_step']}"
-        )
         try:
+            hooks.tell(
+                f"re-fit begun at step {step} ({self._placement}{hooks.expected()}); its plan is due at step "
+                f"{pending['adopt_step']}"
+            )
             if self._placement == "inline":
                 hooks.measure(result_folder(self._run, step), state.version + 1)
             else:
@@ -388,7 +370,12 @@ class ScheduleRefit:
             version=self._state.version,
             plan=self.plan,
         )
-        outcome = kept if kept.reason else self._judge(pending, kept)
+        try:
+            outcome = kept if kept.reason else self._judge(pending, kept)
+        except OSError as error:
+            # A network disk may refuse even to look; the other ranks wait for an answer.
+            why = f"its schedule could not be looked for ({error.strerror or error})"
+            outcome = replace(kept, reason=why)
         if self._child is not None:
             self._child.kill()
             self._child = None
@@ -455,9 +442,40 @@ class ScheduleRefit:
 
     def _is_coming(self, folder: Path) -> bool:
         """Whether a schedule is not there and may still come: an earlier attempt's child counts, too."""
-        if self._child is None or (folder / SCHEDULE_FILE).exists():
+        if self._child is None:
             return False
-        return self._child.running or is_at_work(folder)
+        try:
+            return not (folder / SCHEDULE_FILE).exists() and (self._child.running or is_at_work(folder))
+        except OSError:
+            return False
+
+
+def load_history(config: RunConfig, communicator: Communicator) -> dict[int, RefitOutcome]:
+    """What earlier attempts made of their re-fits, by snapshot step, on every rank.
+
+    Args:
+        config: of the run.
+        communicator: the ranks; all must call this.
+
+    Raises:
+        RefitError: if the history is damaged, the same on all ranks.
+    """
+    if config.refit.replay == "live":
+        return {}
+    problem, found = "", {}
+    if communicator.rank == 0:
+        try:
+            found = read_history(refit_folder(Path(config.run.folder)))
+        except (OSError, RefitError) as error:
+            problem = str(error)
+    problem = communicator.broadcast_object(problem)
+    if problem:
+        raise RefitError(
+            f"{problem}; without it this run cannot be repeated: mend the file, or set refit.replay=live"
+        )
+    records = communicator.broadcast_object([outcome.to_dict() for outcome in found.values()])
+    outcomes = [RefitOutcome.from_dict(record) for record in records]
+    return {outcome.snapshot_step: outcome for outcome in outcomes}
 
 
 def search_metrics(report: Path, block_size: int) -> dict[str, float]:

@@ -87,6 +87,7 @@ def build_parts(
     communicator: Communicator,
     *,
     known: dict[str, Any] | None,
+    begun: bool,
     device: torch.device,
     console: Console,
     stack: ExitStack,
@@ -99,6 +100,7 @@ def build_parts(
         groups: Megatron's process groups.
         communicator: all ranks.
         known: what identifies the data of a run that is continued; None for a new one.
+        begun: whether it has checkpoints, so that its first weights do not matter.
         device: of this rank.
         console: prints on the first rank.
         stack: closes what was opened.
@@ -123,7 +125,7 @@ def build_parts(
     plan = training_plan(config.diffusion)
     objective = build_objective(config.diffusion, config.data, loader.tokenizer_info, plan)
     model = build_rank_model(config, groups, mask_id=loader.tokenizer_info.mask_id, device=device)
-    if config.train.init_from is not None:
+    if config.train.init_from is not None and not begun:
         load_first_weights(model, Path(config.train.init_from), loader, console)
     check_group_rules(config, model, communicator)
     counts = communicator.gather_objects(own_parameters(model) if groups.dp.rank() == 0 else 0)

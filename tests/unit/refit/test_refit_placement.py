@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from bdtrain.config import RunConfig
-from bdtrain.errors import RefitError
+from bdtrain.errors import ConfigError, RefitError
 from bdtrain.refit.backends import choose_measure, settle_placement
 from bdtrain.refit.job import measure_here
 from bdtrain.testing import tiny_model_config
@@ -66,3 +66,15 @@ def test_only_ray_needs_more_than_this_process(with_ray):
         assert choose_measure(run_config(**settings)) is measure_here
     for settings in ({"placement": "ray"}, {"ray_address": "auto"}):
         assert choose_measure(run_config(**settings)) is not measure_here
+
+
+@pytest.mark.parametrize(("settings", "on_gpus"), [({"placement": "process"}, True), ({}, False)])
+def test_a_plan_that_would_always_be_late_is_refused(settings, on_gpus):
+    with pytest.raises(ConfigError, match=r"lag_steps=0 .* always come too late"):
+        settle_placement(run_config(lag_steps=0, **settings), on_gpus=on_gpus)
+    assert settle_placement(run_config(lag_steps=0, wait=True, **settings), on_gpus=on_gpus)[0] == "process"
+    assert settle_placement(run_config(lag_steps=0), on_gpus=True)[0] == "inline"
+
+
+def test_a_run_without_re_fits_needs_no_ray(without_ray):
+    settle_placement(run_config(mode="off", placement="ray"), on_gpus=False)

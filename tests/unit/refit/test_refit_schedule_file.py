@@ -252,3 +252,10 @@ def test_all_that_differs_is_told_at_once():
     with pytest.raises(RefitError) as found:
         awaited(schedule(run_uid="x", snapshot_step=1, version=9, decisions={}))
     assert all(word in str(found.value) for word in ("run 'x'", "step 1", "version 9", "no plan"))
+
+
+@pytest.mark.parametrize("change", [{"weighting": "flat"}, {"kind": "bernoulli"}, {"strata": "independent"}])
+def test_a_plan_that_would_change_the_objective_is_refused(change):
+    other = NoisePlan(4, clip_range=(0.45, 0.95), **change)
+    with pytest.raises(RefitError, match="more than its range and its density"):
+        awaited(schedule(decisions={4: Decision(other, True, "better")}))

@@ -267,3 +267,40 @@ def test_ranks_hear_of_a_damaged_history_together(tmp_path):
 
     told = together.do(refused)
     assert told[0] == told[1] and "mend the file" in told[0]
+
+
+def test_another_interval_or_a_late_start_waits_for_its_own_end(tmp_path):
+    # A step has 256 tokens: 768 are complete after 3, 6, 9 steps, 2,560 after 10 and 20.
+    first = Run(tmp_path, every_tokens=768, lag_steps=1)
+    first.steps(0, 7)
+    longer = first.continued(first.state, every_tokens=2560, lag_steps=1)
+    longer.steps(7, 20)
+    assert begun(longer) == [10, 20]
+    off = Run(tmp_path / "off", mode="off")
+    off.steps(0, 7)
+    late = off.continued(off.state, lag_steps=1)
+    late.steps(7, 16)
+    assert begun(late) == [10, 15]
+
+
+def test_a_split_that_is_too_short_costs_the_re_fit_alone(tmp_path):
+    run = Run(tmp_path, lag_steps=1)
+
+    def refuse():
+        raise RefitError("the held-out split has 1 row")
+
+    run.refit._hooks = RefitHooks(**{**run.refit._hooks.__dict__, "expected": refuse})
+    run.steps(0, 6)
+    assert run.counts == {"failed": 1} and "1 row" in run.lines[-1]
+
+
+def test_a_disk_that_refuses_to_look_costs_the_re_fit_alone(tmp_path, monkeypatch):
+    run = Run(tmp_path, lag_steps=1)
+    run.steps(0, 5)
+
+    def refuse(*_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(run.refit, "_judge", refuse)
+    run.at(6)
+    assert run.counts == {"failed": 1} and "Stale file handle" in run.lines[-1]
