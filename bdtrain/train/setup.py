@@ -87,10 +87,10 @@ def build_parts(
     communicator: Communicator,
     *,
     known: dict[str, Any] | None,
-    begun: bool,
     device: torch.device,
     console: Console,
     stack: ExitStack,
+    begun: bool = False,
 ) -> tuple[RunConfig, Parts]:
     """Data first, then the model, then the engine.
 
@@ -100,10 +100,10 @@ def build_parts(
         groups: Megatron's process groups.
         communicator: all ranks.
         known: what identifies the data of a run that is continued; None for a new one.
-        begun: whether it has checkpoints, so that its first weights do not matter.
         device: of this rank.
         console: prints on the first rank.
         stack: closes what was opened.
+        begun: whether the run has checkpoints, so that its first weights do not matter.
 
     Returns:
         The configuration with the vocabulary of the data, and the parts.
