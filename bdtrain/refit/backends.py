@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bdtrain.config import RunConfig
-from bdtrain.diffusion.variance import BlockRecords
 from bdtrain.errors import ConfigError, RefitError
-from bdtrain.refit.job import Measure, join_shards, measure_here
-from bdtrain.refit.request import RefitRequest
+from bdtrain.refit.job import Measure, measure_here
+
+if TYPE_CHECKING:
+    from bdtrain.refit.ray_backend import SharedSession
 
 
 def settle_placement(config: RunConfig, *, on_gpus: bool) -> tuple[str, str]:
@@ -51,8 +52,12 @@ def settle_placement(config: RunConfig, *, on_gpus: bool) -> tuple[str, str]:
     return chosen, why
 
 
-def choose_measure(config: RunConfig) -> Measure:
+def choose_measure(config: RunConfig, shared: SharedSession | None = None) -> Measure:
     """What measures the blocks in a process of its own.
+
+    Args:
+        config: of the run.
+        shared: session of Ray for several measurements; None starts one for each.
 
     Raises:
         RefitError: if Ray is asked for and not installed.
@@ -62,33 +67,6 @@ def choose_measure(config: RunConfig) -> Measure:
     if not wants_ray:
         return measure_here
     settle_placement(config, on_gpus=False)
-    return lambda request: _measure_on_ray(request, config)
+    from bdtrain.refit.ray_backend import measure_refit
 
-
-def _measure_on_ray(
-    request: RefitRequest, config: RunConfig
-) -> tuple[dict[int, BlockRecords], dict[str, Any]]:
-    from bdtrain.refit.outcome import RaySettings
-    from bdtrain.refit.ray_backend import measure_on_ray
-
-    refit = config.refit
-    settings = RaySettings(
-        address=refit.ray_address,
-        num_workers=refit.workers,
-        cpus_per_worker=refit.worker_cpus,
-        gpus_per_worker=refit.worker_gpus,
-    )
-    outcome = measure_on_ray(
-        request,
-        settings,
-        deadline_s=refit.deadline_s,
-        quorum=refit.quorum,
-        log=lambda line: print(line, flush=True),
-    )
-    said = {
-        "backend": "ray",
-        "seconds": dict(outcome.seconds),
-        "failures": {str(shard): reason for shard, reason in outcome.failures.items()},
-        "complete_share": outcome.complete_share,
-    }
-    return join_shards(request, outcome.records), said
+    return lambda request: measure_refit(request, config, shared)

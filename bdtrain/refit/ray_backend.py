@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdtrain.errors import RefitError
 from bdtrain.refit.outcome import RaySettings, ShardOutcome, ShardQueue, required_shards, split_address
@@ -35,8 +35,16 @@ from bdtrain.refit.ray_cluster import (
 )
 from bdtrain.refit.ray_pool import Log, RaySession, Request, WorkerPool, describe_error
 
+if TYPE_CHECKING:
+    from bdtrain.config import RunConfig
+    from bdtrain.diffusion.variance import BlockRecords
+    from bdtrain.refit.request import RefitRequest
+
 WORKER = "bdtrain.refit.worker:RefitWorker"
 """Import path of what measures: ``Worker(request.to_dict()).measure(shard)``."""
+
+MEASURE_SHARE = 0.9
+"""Share of ``refit.deadline_s`` for a measurement; the search and the end of Ray need the rest."""
 
 _CONNECT_S = 5.0
 _JOIN_S = 60.0
@@ -47,6 +55,49 @@ _SLOW_START = "timed out during startup"
 _HEADS = ("gcs_server", "raylet")
 
 
+def measure_refit(
+    request: RefitRequest, config: RunConfig, shared: SharedSession | None = None
+) -> tuple[dict[int, BlockRecords], dict[str, Any]]:
+    """Measure a re-fit as its settings say.
+
+    Args:
+        request: what to measure.
+        config: with the settings of the re-fit.
+        shared: the session to use; None starts one and ends it.
+
+    Returns:
+        Records by block size, and what is to be said of the measurement in the report.
+
+    Raises:
+        RefitError: as ``measure_on_ray``.
+    """
+    # Here: what only measures on Ray does without torch.
+    from bdtrain.refit.job import join_shards
+
+    refit = config.refit
+    settings = RaySettings(
+        address=refit.ray_address,
+        num_workers=refit.workers,
+        cpus_per_worker=refit.worker_cpus,
+        gpus_per_worker=refit.worker_gpus,
+    )
+    outcome = measure_on_ray(
+        request,
+        settings,
+        deadline_s=MEASURE_SHARE * refit.deadline_s,
+        quorum=refit.quorum,
+        log=lambda line: print(line, flush=True),
+        shared=shared,
+    )
+    said = {
+        "backend": "ray",
+        "seconds": dict(outcome.seconds),
+        "failures": {str(shard): reason for shard, reason in outcome.failures.items()},
+        "complete_share": outcome.complete_share,
+    }
+    return join_shards(request, outcome.records), said
+
+
 def measure_on_ray(
     request: Request,
     settings: RaySettings,
@@ -55,6 +106,7 @@ def measure_on_ray(
     quorum: float,
     log: Log,
     worker: str = WORKER,
+    shared: SharedSession | None = None,
 ) -> ShardOutcome:
     """Measure all shards of a request.
 
@@ -67,6 +119,7 @@ def measure_on_ray(
         quorum: share of the shards that must be measured, in (0, 1].
         log: takes one line at a time.
         worker: import path of the class that measures, ``module:Class``.
+        shared: the session to use; None starts one and ends it.
 
     Returns:
         Records of the shards that were measured, and why others were not.
@@ -84,7 +137,11 @@ def measure_on_ray(
             "(refit.worker_gpus) above 0, or measure on the CPU"
         )
     queue = ShardQueue(request.shards, settings.retries)
-    with _session(settings, min(request.shards, settings.num_workers), deadline, log) as session:
+    if shared is not None:
+        opened = shared.use(settings, deadline, log)
+    else:
+        opened = _session(settings, min(request.shards, settings.num_workers), deadline, log)
+    with opened as session:
         ready = time.monotonic()
         pool = WorkerPool(session, request, settings, worker, queue, log)
         try:
@@ -96,6 +153,67 @@ def measure_on_ray(
     queue.check_quorum(quorum)
     seconds = {"start_s": ready - started, "measure_s": measured - ready, "stop_s": stopped - measured}
     return ShardOutcome(queue.records, queue.failures, seconds)
+
+
+class SharedSession:
+    """A session of Ray for measurements that follow each other; a ``with`` statement ends it.
+
+    The first measurement starts it. It is started anew for one that uses Ray otherwise, and after one that
+    broke it.
+    """
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._settings: RaySettings | None = None
+        self._session: RaySession | None = None
+
+    def __enter__(self) -> SharedSession:
+        """Start nothing yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the session, if there is one."""
+        self._end()
+
+    @contextlib.contextmanager
+    def use(self, settings: RaySettings, deadline: float, log: Log) -> Iterator[RaySession]:
+        """The session, for one measurement.
+
+        Args:
+            settings: how it uses Ray.
+            deadline: on the monotonic clock, for the start.
+            log: takes one line at a time.
+
+        Raises:
+            RefitError: if Ray cannot be used, as ``measure_on_ray`` says.
+        """
+        if settings != self._settings or not self._is_alive():
+            self._end()
+            self._session = self._stack.enter_context(
+                # Not the shards of this measurement: the next one may have more.
+                _session(settings, settings.num_workers, deadline, log)
+            )
+            self._settings = settings
+        assert self._session is not None
+        try:
+            yield self._session
+        except BaseException:
+            # Nobody knows what state it is in.
+            self._end()
+            raise
+
+    def _is_alive(self) -> bool:
+        if self._session is None:
+            return False
+        try:
+            self._session.check()
+        except RefitError:
+            return False
+        return True
+
+    def _end(self) -> None:
+        self._session = self._settings = None
+        self._stack.close()
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from bdtrain.tracking.jsonl import read_lines
 from bdtrain.tracking.run_artifacts import describe_inputs, make_files
 from bdtrain.tracking.run_files import ARTIFACTS, CONFIG_FILE, DATABASE_FILE, METRICS_FILE, RUN_FILE
-from bdtrain.tracking.spool import Point, redact
+from bdtrain.tracking.spool import MAX_POINTS, Point, redact
 
 URI_VARIABLE = "BDTRAIN_MLFLOW_URI"
 """Names the store to the shipping process: as an argument everyone on the machine would see it."""
@@ -28,7 +28,8 @@ MAX_DIGEST_CHARACTERS = 36
 ENVIRONMENT_TAGS = ("bdtrain", "torch", "python", "host", "device", "world_size")
 """Facts of an attempt's ``start`` that become tags."""
 
-STATUS: Mapping[str, str] = MappingProxyType({"end": "FINISHED", "stop": "KILLED", "failed": "FAILED"})
+FINISHED, KILLED, FAILED = "FINISHED", "KILLED", "FAILED"
+STATUS: Mapping[str, str] = MappingProxyType({"end": FINISHED, "stop": KILLED, "failed": FAILED})
 # What makes the pages of MLflow 3 open as those of a trained model, not of an LLM application.
 EXPERIMENT_TAGS: Mapping[str, str] = MappingProxyType({"mlflow.experimentKind": "custom_model_development"})
 
@@ -233,6 +234,123 @@ class MlflowStore:
         except (OSError, ValueError, yaml.YAMLError):
             return {}
         return config if isinstance(config, dict) else {}
+
+
+@dataclass(frozen=True)
+class NestedRun:
+    """A run below another one, complete.
+
+    Attributes:
+        name: on MLflow's page; no other run below the same one has it.
+        status: how it ended, such as ``FINISHED``.
+        began_ms: when, since 1970.
+        params: its parameters; anything that JSON holds.
+        metrics: its points.
+        tags: its tags.
+        files: stored with it.
+        draw: makes more files in the folder that it is given.
+    """
+
+    name: str
+    status: str
+    began_ms: int
+    params: Mapping[str, Any]
+    metrics: Sequence[Point] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+    draw: Callable[[Path], list[Path]] | None = None
+
+
+class NestedRuns:
+    """A run that is made of runs, such as a sweep; ``quiet_environment`` must be set before.
+
+    Args:
+        uri: address of the store; files of a database on this machine lie in a folder beside it.
+        experiment: made if it is not there.
+        name: of the run that holds the others.
+
+    Attributes:
+        run_id: MLflow's name of the run that holds the others.
+
+    Raises:
+        Exception: whatever MLflow raises. Methods may be called again; nothing is there twice then, save a
+            run whose making was not answered.
+    """
+
+    def __init__(self, uri: str, experiment: str, name: str) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        found = self._client.get_experiment_by_name(experiment)
+        self._experiment_id: str = (
+            found.experiment_id
+            if found is not None
+            else self._client.create_experiment(
+                experiment, artifact_location=_artifacts_beside(uri), tags=dict(EXPERIMENT_TAGS)
+            )
+        )
+        self._made: dict[str, str] = {}
+        # Nothing after it: what fails here is begun again.
+        self.run_id = str(self._client.create_run(self._experiment_id, run_name=name).info.run_id)
+
+    def log(self, run: NestedRun) -> None:
+        """Store a run below this one."""
+        if run.name not in self._made:
+            made = self._client.create_run(
+                self._experiment_id,
+                start_time=run.began_ms,
+                run_name=run.name,
+                tags={"mlflow.parentRunId": self.run_id},
+            )
+            self._made[run.name] = str(made.info.run_id)
+        run_id = self._made[run.name]
+        self._log(run_id, params=run.params, metrics=run.metrics, tags=run.tags)
+        with tempfile.TemporaryDirectory() as aside:
+            for path in (*run.files, *(run.draw(Path(aside)) if run.draw is not None else ())):
+                self._client.log_artifact(run_id, str(path))
+        self._client.set_terminated(run_id, run.status)
+
+    def finish(
+        self,
+        status: str,
+        *,
+        params: Mapping[str, Any],
+        metrics: Sequence[Point],
+        tags: Mapping[str, str],
+        files: Sequence[Path],
+    ) -> None:
+        """Store what belongs to the whole, and its end; the arguments are those of ``NestedRun``."""
+        self._log(self.run_id, params=params, metrics=metrics, tags=tags)
+        for path in files:
+            self._client.log_artifact(self.run_id, str(path))
+        self._client.set_terminated(self.run_id, status)
+
+    def _log(
+        self,
+        run_id: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        metrics: Sequence[Point] = (),
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        self._client.log_batch(
+            run_id,
+            params=[Param(key, value) for key, value in flatten(params or {})],
+            tags=[RunTag(key, redact(value, os.environ)) for key, value in (tags or {}).items()],
+        )
+        stored = [Metric(point.name, point.value, point.time_ms, point.step) for point in metrics]
+        for first in range(0, len(stored), MAX_POINTS):
+            self._client.log_batch(run_id, metrics=stored[first : first + MAX_POINTS])
+
+
+def _artifacts_beside(uri: str) -> str | None:
+    """Where the files of a local database belong: by default MLflow puts them into the working folder."""
+    scheme, _, path = uri.partition("://")
+    if not scheme.startswith("sqlite") or not path:
+        return None
+    return (Path(path.removeprefix("/").partition("?")[0]).resolve().parent / ARTIFACTS).as_uri()
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
