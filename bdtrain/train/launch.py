@@ -154,9 +154,19 @@ def start_attempt(
         )
     elif folder.known is not None:
         console.line(f"attempt {folder.attempt} begins anew: the run has no whole checkpoint")
+    # The same run would come to the same weights; a changed one would take them for its own.
+    changed = config.refit.replay == "live" or bool(facts.get("changed"))
     # Read again below; here, because a history that is damaged must leave the books alone.
     load_history(config, communicator)
-    metrics = open_books(config, parts, folder, goodput=goodput, clock=clock, step=progress.step, stack=stack)
+    metrics = open_books(
+        config,
+        parts,
+        folder,
+        goodput=goodput,
+        clock=clock,
+        new_from=progress.step if changed else None,
+        stack=stack,
+    )
     shipper = None
     if metrics is not None:
         if metrics.cut_bytes:
@@ -224,7 +234,7 @@ def open_books(
     *,
     goodput: Goodput,
     clock: dict[str, Any] | None,
-    step: int,
+    new_from: int | None,
     stack: ExitStack,
 ) -> MetricsLog | None:
     """Write down that the attempt begins, and open the metrics file.
@@ -235,7 +245,8 @@ def open_books(
         folder: of the run.
         goodput: takes the time of earlier attempts.
         clock: what the checkpoint says of that time; None without one.
-        step: batches taken so far.
+        new_from: step from which the run is another one than before, so that later snapshots are not its own;
+            None where it repeats itself.
         stack: closes the file.
 
     Returns:
@@ -256,7 +267,8 @@ def open_books(
         begin_attempt(folder, config, identity)
         clean_leftovers(folder.checkpoints)
         clean_leftovers(snapshots_folder(folder.path))
-        forget_later(folder.path, step)
+        if new_from is not None:
+            forget_later(folder.path, new_from)
         try:
             opened.append(stack.enter_context(MetricsLog(folder.path / METRICS_FILE, folder.attempt)))
         except (OSError, ValueError) as error:

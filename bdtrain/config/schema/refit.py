@@ -12,10 +12,18 @@ Widths = Annotated[tuple[float, ...], BeforeValidator(as_tuple, json_schema_inpu
 """Some numbers, written as a list."""
 
 
+def _off(value: object) -> object:
+    """YAML reads the word ``off`` as false."""
+    return "off" if value is False else value
+
+
 class RefitConfig(Section):
     """The re-fit of the noise plan: one pass over held-out rows, every range judged from it."""
 
-    mode: Literal["off", "clip", "counts"] = setting(
+    mode: Annotated[
+        Literal["off", "clip", "counts"],
+        BeforeValidator(_off, json_schema_input_type=Literal["off", "clip", "counts"]),
+    ] = setting(
         "off",
         unit=NO_UNIT,
         description="clip searches the clip range of the least variance, counts fits the density of the "

@@ -144,3 +144,9 @@ def test_re_fits_may_change_when_a_run_goes_on(load):
     assert not any(key.startswith("refit.") for key in fixed_settings(now))
     assert ("refit.mode", "off", "clip") in changed_settings(before, now)
     assert {key for key in known_keys() if key.startswith("refit.")} > {"refit.mode", "refit.replay"}
+
+
+def test_the_word_off_can_be_given_where_yaml_reads_it_as_false(load):
+    assert load("refit.mode=clip").refit.mode == "clip"
+    assert load("refit.mode=off").refit.mode == "off"
+    assert "choose from off, clip, counts" in refusal(load, "refit.mode=true")
