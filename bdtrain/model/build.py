@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,10 @@ from bdtrain_kernels import BackendUnavailableError, check_attention_backend
 
 if TYPE_CHECKING:
     from bdtrain.config import ModelConfig
+
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
+"""Type of the parameters by ``train.precision``."""
 
 
 def build_model(

@@ -51,7 +51,7 @@ from bdtrain.model.head import ParallelVocabView
 from bdtrain.model.transformer import TwoStreamTransformer, assemble_streams
 from bdtrain.refit.measure import read_blocks, token_channels
 from bdtrain.refit.request import MIN_SEQUENCES
-from bdtrain.refit.search import TIE, SearchResult, bootstrap_weights, plain_values
+from bdtrain.refit.search import TIE, SearchResult, bootstrap_weights, plain_values, spread
 from bdtrain.validation.likelihood import HeldOutRows
 
 MAX_LOGITS = 1 << 23
@@ -369,7 +369,7 @@ def compare_variances(records: GradientRecords, result: SearchResult) -> Gradien
                 name=candidate.name,
                 nelbo=float(of_loss[0][0]),
                 gradient=float(of_gradient[0][0]),
-                gradient_error=_spread(of_gradient[1]),
+                gradient_error=spread(of_gradient[1]),
                 mean_square=float(measured.mean_square[0] * (measured.scale / measured.tokens[0]) ** 2),
                 finite=operator.finite,
             )
@@ -413,7 +413,7 @@ def _with_error(correlate: Any, x: np.ndarray, y: np.ndarray) -> tuple[float | N
     if np.ptp(x[0]) <= TIE * np.abs(x[0]).max() or np.ptp(y[0]) <= TIE * np.abs(y[0]).max():
         return None, None
     values = correlate(x, y)
-    return float(values[0]), _spread(values[1:])
+    return float(values[0]), spread(values[1:])
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -452,15 +452,10 @@ def _by_count(
             masked_high=int(high[index]),
             blocks=round(float(measured.count[0, where][index])),
             square=float(measured.second[0, where][index] * middle[index]),
-            square_error=_spread(resampled.second[:, where][:, index] * middle[index]),
+            square_error=spread(resampled.second[:, where][:, index] * middle[index]),
             mean_square=float(mean_square[index] * middle[index]),
             variance=float(measured.variance[0, where][index] * middle[index]),
             nll_variance=float(losses[index] * middle[index]),
         )
         for index in range(len(low))
     )
-
-
-def _spread(draws: np.ndarray) -> float:
-    """Standard error from the draws of the bootstrap."""
-    return float(draws.std(ddof=1))

@@ -202,7 +202,7 @@ def search(records: BlockRecords, current: NoisePlan, settings: SearchSettings) 
         left_out=grid.left_out,
         losses=_losses_by_count(current.block_size, cells, measured, resampled),
         nelbo=float(bound.statistics(measured).mean_per_token[0]),
-        nelbo_error=_spread(bound.statistics(resampled).mean_per_token),
+        nelbo_error=spread(bound.statistics(resampled).mean_per_token),
         blocks=records.blocks,
         sequences=cells.sequences,
         covered_blocks=cells.blocks_share,
@@ -288,7 +288,7 @@ def _candidate_result(
         edges=candidate.edges,
         mean=float(found.mean_per_token[0]),
         variance=float(found.variance_per_token[0]),
-        variance_error=_spread(drawn.variance_per_token),
+        variance_error=spread(drawn.variance_per_token),
         independent_variance=float(found.independent_per_token[0]),
         relative=float(_relative(found, independent)[0]),
         block_variance=float(found.stratified[0]),
@@ -366,7 +366,7 @@ def _losses_by_count(
             masked_high=int(high[index]),
             blocks=round(float(measured.count[0, where][index])),
             nll=float(measured.first[0, where][index]),
-            nll_error=_spread(resampled.first[:, where][:, index]),
+            nll_error=spread(resampled.first[:, where][:, index]),
             nll_sd=float(sd[index]),
             block_sd=float(sd[index] * (low[index] + high[index]) / 2),
         )
@@ -374,7 +374,7 @@ def _losses_by_count(
     )
 
 
-def _spread(draws: np.ndarray) -> float:
+def spread(draws: np.ndarray) -> float:
     """Standard error from the draws of the bootstrap."""
     return float(draws.std(ddof=1))
 

@@ -15,14 +15,13 @@ from bdtrain.diffusion.build import build_objective
 from bdtrain.diffusion.plan import evaluation_plan
 from bdtrain.diffusion.variance import BlockRecords
 from bdtrain.errors import RefitError
+from bdtrain.model.build import DTYPES
 from bdtrain.refit.gradients import report_gradients
 from bdtrain.refit.measure import measure_blocks
 from bdtrain.refit.request import RefitRequest
 from bdtrain.refit.search import SearchResult
 from bdtrain.refit.snapshot import data_section
 from bdtrain.validation.evaluate import load_saved
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RefitWorker:

@@ -42,7 +42,7 @@ from bdtrain.train.folder import (
 from bdtrain.train.loop import RunSummary, Stopped, Trainer
 from bdtrain.train.profiling import StepProfiler, check_ranks
 from bdtrain.train.progress import Progress
-from bdtrain.train.refit import load_history
+from bdtrain.train.refit_state import load_history
 from bdtrain.train.run_lock import RunLock
 from bdtrain.train.setup import Parts, build_parts, prepare_machine
 from bdtrain.train.signals import StopRequest

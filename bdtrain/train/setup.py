@@ -26,7 +26,7 @@ from bdtrain.diffusion.build import build_objective, training_plan
 from bdtrain.diffusion.objectives.base import Objective
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.errors import CheckpointError, ConfigError, DataError, TokenizerError
-from bdtrain.model.build import build_model
+from bdtrain.model.build import DTYPES, build_model
 from bdtrain.model.flops import count_step_flops
 from bdtrain.model.init import global_parameters
 from bdtrain.model.transformer import TwoStreamTransformer
@@ -40,8 +40,6 @@ from bdtrain.train.optim import AveragedAdamW, parameter_groups
 from bdtrain.train.step import StepResult
 from bdtrain.validation.evaluate import Evaluator, build_evaluators
 from bdtrain.validation.generation import RunSampler
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

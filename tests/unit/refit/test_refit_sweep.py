@@ -1,67 +1,27 @@
-"""A sweep: one table, one session of Ray, nested runs in MLflow; and the re-fits of a watch."""
+"""A sweep: one table, and nested runs in MLflow."""
 
-import contextlib
 import json
 import math
-import os
-import signal
 import sqlite3
-import sys
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-import bdtrain.refit.command as command
-import bdtrain.refit.ray_backend as ray_backend
-import bdtrain.refit.sweep as sweep
-from bdtrain.checkpoint.folders import step_name
-from bdtrain.config import RunConfig
+import bdtrain.refit.sweep_runs as sweep_runs
 from bdtrain.diffusion.plan import NoisePlan
-from bdtrain.diffusion.variance import BlockRecords
 from bdtrain.errors import CheckpointError, RefitError
 from bdtrain.refit.job import Refit, judge, make_schedule, publish
-from bdtrain.refit.outcome import RaySettings, ShardOutcome
-from bdtrain.refit.ray_pool import RaySession
 from bdtrain.refit.request import RefitRequest
-from bdtrain.refit.schedule_file import SCHEDULE_FILE
-from bdtrain.refit.snapshot import result_folder, snapshots_folder
-from bdtrain.refit.sweep import format_note, format_table, result_names, run_sweep
-from bdtrain.testing import tiny_model_config
+from bdtrain.refit.sweep import result_names, run_sweep
+from bdtrain.refit.sweep_table import SweepRow, format_note, format_table, make_row
 from bdtrain.tracking.names import METRICS
-from bdtrain.tracking.run_files import EXIT_FILE
+from tests.unit.refit.sweep_cases import make_records, run_config
 
 SIZES = (4, 8)
 SECRET = "a-password"
-
-
-def run_config(**refit):
-    return RunConfig.model_validate(
-        {
-            "run": {"seed": 3},
-            "model": tiny_model_config(),
-            "data": {"kind": "synthetic", "seq_len": 32},
-            "train": {"steps": 1, "global_batch_size": 8},
-            "refit": {"mode": "clip", "bootstrap_draws": 50, "widths": [0.5, 0.8], **refit},
-        }
-    )
-
-
-def make_records(block_size, seed):
-    """Blocks whose loss rises with the share of masked tokens."""
-    generator = np.random.default_rng(seed)
-    count = 8 * 40
-    masked = np.tile(np.arange(1, block_size + 1), count // block_size)
-    return BlockRecords(
-        sequence=np.repeat(np.arange(40), 8),
-        maskable=np.full(count, block_size),
-        masked=masked,
-        nll=masked * (1 + 2 * masked / block_size) * generator.gamma(4, 0.25, count),
-    )
 
 
 def measured(step, *, run_uid="u-1", change=None):
@@ -251,7 +211,7 @@ def stored(tmp_path_factory):
         warnings.simplefilter("ignore")  # those of MLflow's own database code
         (folder / "elsewhere").mkdir()
         patch.chdir(folder / "elsewhere")
-        for name in sweep.quiet_environment():
+        for name in sweep_runs.quiet_environment():
             patch.setenv(name, "")
         code = run_sweep(checkpoints, folder / "out", refit, mlflow_uri=f"sqlite:///{folder / 'mlflow.db'}")
     assert code == 7
@@ -326,9 +286,9 @@ def test_the_sweep_of_one_run_has_curves_over_its_steps(stored):
     for row in rows:
         assert found[f"sched_L{row['block_size']}/gain", row["step"]] == row["gain"]
     assert {step for _, step in found} == {10, 20} and len(found) == 8 * len(rows)
-    assert sweep.parent_points([]) == []
-    two = [sweep.SweepRow(**{**row, "run_uid": row["checkpoint"]}) for row in rows]
-    assert sweep.parent_points(two) == []
+    assert sweep_runs.parent_points([]) == []
+    two = [SweepRow(**{**row, "run_uid": row["checkpoint"]}) for row in rows]
+    assert sweep_runs.parent_points(two) == []
 
 
 def test_files_of_the_runs_lie_beside_the_database(stored):
@@ -374,8 +334,8 @@ class FakeRuns:
 @pytest.mark.parametrize("failures", [0, 1, 2, 99])
 def test_a_server_that_fails_costs_a_line_and_gets_the_rest_later(tmp_path, monkeypatch, capsys, failures):
     server = FakeRuns(failures)
-    monkeypatch.setattr(sweep, "NestedRuns", server.make)
-    monkeypatch.setattr(sweep, "quiet_environment", dict)
+    monkeypatch.setattr(sweep_runs, "NestedRuns", server.make)
+    monkeypatch.setattr(sweep_runs, "quiet_environment", dict)
     checkpoints = [tmp_path / str(step) for step in (10, 20)]
     uri = f"http://me:{SECRET}@server"
     assert run_sweep(checkpoints, tmp_path / "out", of_name, mlflow_uri=uri) == 0
@@ -395,9 +355,9 @@ def test_a_server_that_fails_costs_a_line_and_gets_the_rest_later(tmp_path, monk
 
 def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path, monkeypatch, capsys):
     server = FakeRuns(0)
-    monkeypatch.setattr(sweep, "NestedRuns", server.make)
-    monkeypatch.setattr(sweep, "quiet_environment", dict)
-    monkeypatch.setattr(sweep, "draw_refit", lambda *_: 1 / 0)
+    monkeypatch.setattr(sweep_runs, "NestedRuns", server.make)
+    monkeypatch.setattr(sweep_runs, "quiet_environment", dict)
+    monkeypatch.setattr(sweep_runs, "draw_refit", lambda *_: 1 / 0)
     drawn = []
     monkeypatch.setattr(server, "log", lambda run: drawn.extend(run.draw(tmp_path)))
     assert run_sweep([tmp_path / "10"], tmp_path / "out", of_name, mlflow_uri="http://server") == 0
@@ -406,209 +366,8 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path, monkeypatch, caps
 
 
 def test_a_long_table_is_cut_where_mlflow_shows_it_and_whole_where_it_is_printed(tmp_path):
-    row = sweep.make_row(tmp_path / "10", done := of_name(tmp_path / "10", tmp_path), done.results[4])
+    row = make_row(tmp_path / "10", done := of_name(tmp_path / "10", tmp_path), done.results[4])
     rows = [replace(row, step=step) for step in range(60)]
     note = format_note(rows)
     assert note.count("\n| ") == 1 + 25 and note.endswith("and 35 more in sweep.json") and len(note) < 5000
     assert len(format_table(rows).splitlines()) == 61
-
-
-# -- One session of Ray --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sessions(monkeypatch):
-    """Sessions that were started and ended; the last one is dead while ``dead`` is set."""
-    seen = SimpleNamespace(events=[], dead=False, started=0)
-
-    def check():
-        if seen.dead:
-            raise RefitError("the head died")
-
-    @contextlib.contextmanager
-    def session(settings, workers, deadline, log):
-        seen.started += 1
-        number = seen.started
-        seen.dead = False
-        seen.events.append(f"start {number} with {workers}")
-        try:
-            yield RaySession(number, check, lambda: None)
-        finally:
-            seen.events.append(f"end {number}")
-
-    monkeypatch.setattr(ray_backend, "_session", session)
-    return seen
-
-
-class FakePool:
-    """Measures every shard at once."""
-
-    def __init__(self, session, request, settings, worker, queue, log):
-        self.queue = queue
-
-    def measure(self, deadline, late, quorum):
-        while (shard := self.queue.take()) is not None:
-            self.queue.measured(shard, {4: make_records(4, shard)})
-
-    def end(self):
-        pass
-
-
-def ask(shared, *, shards=2, **settings):
-    request = SimpleNamespace(shards=shards, threads=1, device="cpu")
-    return ray_backend.measure_on_ray(
-        request,
-        RaySettings(**{"num_workers": 4, **settings}),
-        deadline_s=60.0,
-        quorum=1.0,
-        log=lambda line: None,
-        shared=shared,
-    )
-
-
-def test_measurements_that_follow_each_other_share_a_session(sessions, monkeypatch):
-    monkeypatch.setattr(ray_backend, "WorkerPool", FakePool)
-    with ray_backend.SharedSession() as shared:
-        assert sessions.events == []
-        # As large as the largest of them needs it.
-        for shards in (2, 16, 3):
-            assert len(ask(shared, shards=shards).records) == shards
-        assert sessions.events == ["start 1 with 4"]
-        ask(shared, num_workers=2)
-        assert sessions.events[1:] == ["end 1", "start 2 with 2"]
-    assert sessions.events[3:] == ["end 2"]
-    ask(None)
-    assert sessions.events[4:] == ["start 3 with 2", "end 3"]
-
-
-def test_a_session_that_died_or_broke_is_started_anew_for_the_next_measurement(sessions, monkeypatch):
-    class Broken(FakePool):
-        def measure(self, deadline, late, quorum):
-            raise RefitError("the head died")
-
-    with ray_backend.SharedSession() as shared:
-        monkeypatch.setattr(ray_backend, "WorkerPool", FakePool)
-        ask(shared)
-        sessions.dead = True
-        ask(shared)
-        assert sessions.events == ["start 1 with 4", "end 1", "start 2 with 4"]
-        monkeypatch.setattr(ray_backend, "WorkerPool", Broken)
-        with pytest.raises(RefitError, match="the head died"):
-            ask(shared)
-        assert sessions.events[3:] == ["end 2"]
-        monkeypatch.setattr(ray_backend, "WorkerPool", FakePool)
-        ask(shared)
-        assert sessions.events[4:] == ["start 3 with 4"]
-    assert sessions.events[5:] == ["end 3"]
-
-
-def test_a_measurement_on_ray_is_over_before_the_process_ends_itself(monkeypatch):
-    asked = {}
-
-    def measure(request, settings, **more):
-        asked.update(more, settings=settings)
-        return ShardOutcome({0: {4: make_records(4, 0)}}, {1: "lost"}, {"measure_s": 1.0})
-
-    monkeypatch.setattr(ray_backend, "measure_on_ray", measure)
-    config = run_config(placement="ray", deadline_s=100.0, workers=3)
-    records, said = ray_backend.measure_refit(RefitRequest("", (4,), (40,), 4, 0), config, None)
-    assert records[4].blocks == 320 and said["complete_share"] == 0.5 and said["failures"] == {"1": "lost"}
-    # What was measured by then still has to be searched.
-    assert 50.0 < asked["deadline_s"] < 95.0 and asked["settings"].num_workers == 3
-
-
-# -- A watch -------------------------------------------------------------------------------------------------
-
-
-RUN = """\
-model: {num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, vocab_multiple: 16}
-data: {kind: synthetic, seq_len: 32}
-train: {steps: 20, global_batch_size: 8}
-refit: {mode: clip, placement: external, deadline_s: DEADLINE}
-"""
-
-
-@pytest.fixture
-def watched(tmp_path, monkeypatch):
-    """A run that has ended with snapshots of three steps, and a watch over it whose children are scripts."""
-    run = tmp_path / "run"
-    (run / "refit").mkdir(parents=True)
-    (run / EXIT_FILE).write_text("{}")
-    monkeypatch.setattr(command, "GRACE_S", 0.3)
-
-    def watch(scripts):
-        for step, script in scripts.items():
-            folder = snapshots_folder(run) / step_name(step)
-            folder.mkdir(parents=True)
-            (folder / "MANIFEST.json").write_text("{}")
-            # Time enough for all others, on a busy machine, too.
-            (folder / "config.yaml").write_text(RUN.replace("DEADLINE", "0.2" if script == HANG else "100"))
-
-        def words(step, options):
-            assert options.run == run
-            result_folder(run, step).mkdir(parents=True, exist_ok=True)
-            return [sys.executable, "-S", "-c", scripts[step], str(result_folder(run, step) / SCHEDULE_FILE)]
-
-        monkeypatch.setattr(command, "_command", words)
-        return command.main(["--run", str(run), "--watch"])
-
-    watch.run = run
-    return watch
-
-
-WRITE = "import sys; open(sys.argv[1], 'w').close()"
-HANG = "import time; time.sleep(600)"
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + HANG
-
-
-def test_a_re_fit_that_hangs_ends_alone_and_the_watch_goes_on(watched, capsys):
-    began = time.monotonic()
-    assert watched({1: HANG, 2: "import sys; sys.exit(8)", 3: WRITE}) == 0
-    assert time.monotonic() - began < 60
-    assert (result_folder(watched.run, 3) / SCHEDULE_FILE).exists()
-    # What the second one had to say it said itself.
-    assert capsys.readouterr().err.splitlines() == [
-        "error: the re-fit of step 1 did not end at its deadline (refit.deadline_s) and was killed"
-    ]
-
-
-def test_a_re_fit_that_was_killed_is_told_and_the_watch_goes_on(watched, capsys):
-    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert watched({1: WRITE, 2: kill, 3: WRITE}) == 0
-    assert capsys.readouterr().err == "error: the re-fit of step 2 was ended by SIGKILL\n"
-    assert not (result_folder(watched.run, 2) / SCHEDULE_FILE).exists()
-
-
-def test_a_watch_that_is_asked_to_end_takes_its_re_fit_along(watched):
-    note = "import os, signal, sys; open(sys.argv[1], 'w').write(str(os.getpid())); "
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end:
-        watched({1: f"{note} os.kill(os.getppid(), signal.SIGTERM); {HANG}", 2: WRITE})
-    assert end.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((result_folder(watched.run, 1) / SCHEDULE_FILE).read_text()), 0)
-    assert not (result_folder(watched.run, 2) / SCHEDULE_FILE).exists()
-
-
-def test_a_child_that_does_not_hear_is_ended_with_the_watch(tmp_path):
-    process = command.subprocess.Popen([sys.executable, "-S", "-c", DEAF])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "GRACE_S", 0.2)
-        command._end(process)
-    assert process.poll() is not None
-
-
-def test_a_watch_hands_its_settings_to_each_re_fit():
-    words = ["--run", "r", "--watch", "--data", "d", "--block-sizes", "4,8", "refit.quorum=0.5"]
-    options = command._parser().parse_args(words)
-    made = command._command(7, options)
-    assert made[:4] == [sys.executable, "-P", "-m", "bdtrain.refit"]
-    again = command._parser().parse_args(made[4:])
-    assert (again.run, again.step, again.watch) == (Path("r"), 7, False)
-    same = ("data", "block_sizes", "device", "overrides")
-    assert [getattr(again, name) for name in same] == [getattr(options, name) for name in same]
-
-
-def test_only_a_sweep_is_shown_in_mlflow(capsys):
-    assert command.main(["--run", "r", "--mlflow-uri", "sqlite:///x.db"]) == 8
-    assert "--mlflow-uri shows a sweep and belongs to --checkpoint" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from bdtrain.refit.job import only_one
 from bdtrain.refit.schedule_file import REPORT_FILE, SCHEDULE_FILE
 from bdtrain.refit.snapshot import refit_folder, result_folder
 from bdtrain.train import refit as module
-from bdtrain.train.refit import RefitHooks, search_metrics
+from bdtrain.train.refit import RefitHooks
+from bdtrain.train.refit_state import search_metrics
 from tests.unit.train.refit_run import BEST, BETTER, PLAN, ROWS, SEQ, FakeChild, Run, begun
 
 
