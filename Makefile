@@ -7,6 +7,7 @@
 #   RANKS=2                           processes that train together in make quickstart
 #   REFIT=ray|inline|process|off      where make quickstart fits its noise plan again; installs Ray for ray
 #   RUN=runs/my-run                   the run that make dashboard shows
+#   WORKERS=2                         processes that test at a time (0: in pytest's own process, for --pdb)
 #   ARGS="-k name -x"                 more arguments for pytest
 
 SHELL := /bin/bash
@@ -20,6 +21,7 @@ INPUT ?=
 RANKS ?= 1
 REFIT ?=
 RUN ?= runs/quickstart/run
+WORKERS ?= 2
 ARGS ?=
 PY := .venv/bin/python
 
@@ -67,7 +69,7 @@ dashboard: env-dashboard ## MLflow's page on a run (RUN=runs/my-run), on this ma
 TEST_FOLDERS = $(wildcard tests/unit tests/kernels tests/distributed tests/e2e tests/reliability)
 
 test: env-dev ## all tests
-	$(PY) -m pytest $(TEST_FOLDERS) $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(TEST_FOLDERS) $(ARGS)
 
 check: fmt-check lint types test ## format, lint, types, import layers, tests
 
@@ -87,10 +89,10 @@ types: env-dev ## mypy
 	$(PY) -m mypy
 
 test-unit: env-dev ## tests without processes
-	$(PY) -m pytest tests/unit $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/unit $(ARGS)
 
 test-kernels: env-dev ## kernels against their reference
-	$(PY) -m pytest tests/kernels $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/kernels $(ARGS)
 
 test-dist: env-dev ## real ranks against one process
 	$(PY) -m pytest tests/distributed $(ARGS)

@@ -53,8 +53,18 @@ def golden() -> Path:
     return ROOT / "tests" / "golden"
 
 
+# Folders whose tests start processes of their own, as many as there are cores: one at a time.
+SEVERAL_PROCESSES = ("distributed", "e2e", "reliability")
+
+
+# First: pytest-xdist reads the groups in a hook of the same name.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of a GPU and long ones unless ``-m`` asks for them by name."""
+    """Leave out tests of a GPU and long ones unless ``-m`` asks for them by name; say what may run beside what.
+
+    With ``-n 2 --dist loadgroup`` one worker has the tests that start processes, one after another, and the
+    other one the rest, file by file: what a file sets up once is set up once.
+    """
     wanted = config.getoption("-m") or ""
     left_out = [mark for mark in ("gpu", "soak") if mark not in wanted]
     kept, deselected = [], []
@@ -63,3 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = kept
+    for item in items:
+        folder, *rest = item.path.relative_to(ROOT / "tests").parts
+        group = "processes" if folder in SEVERAL_PROCESSES else "/".join([folder, *rest])
+        item.add_marker(pytest.mark.xdist_group(group))
