@@ -63,6 +63,13 @@ class RefitError(BdtrainError):
     exit_code = 8
 
 
+class RankError(RefitError):
+    """One of several ranks cannot finish what all do together: the others wait for it, so the run ends.
+
+    Unlike other failures of a re-fit it is never survived, and that rank is the one to tell it.
+    """
+
+
 def report_failure(error: BaseException, *, enabled: bool = True) -> int:
     """Print what ended a command, one message and no traceback, and say its exit code.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -41,3 +43,34 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def append_line(path: Path, text: str, *, sync: bool = False) -> None:
+    """Append a line whole or not at all; one that a crash tore gets an end first.
+
+    Args:
+        path: of the file; made if it is not there.
+        text: without the end of its line.
+        sync: wait until it is on disk.
+
+    Raises:
+        OSError: if the disk refuses. Nothing of the line is there then, unless the disk refuses this, too.
+    """
+    content = text.encode() + b"\n"
+    # Unbuffered: nothing is left to be written when the file is closed.
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        if end and file.read(1) != b"\n":
+            content = b"\n" + content
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+    if sync and not end:
+        sync_folder(path.parent)

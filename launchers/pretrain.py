@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
         configuration, 4 not finite, 6 data, 7 checkpoint, 130 interrupted.
     """
     from bdtrain.config import check_paths, parse_command_line, resolve_layout
-    from bdtrain.errors import BdtrainError, DataError, report_failure
+    from bdtrain.errors import BdtrainError, DataError, RankError, report_failure
     from bdtrain.parallel.launch_environment import read_launch
     from bdtrain.tracking.shipper import check_writers
     from bdtrain.train.signals import StopRequest
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
             train_from_config(command.config, launch, layout, os.environ, console=console, stop=stop)
     except (BdtrainError, OSError, KeyboardInterrupt) as error:
         # What only one rank can know is told by that rank; before ranks meet, by the first of a machine.
-        alone = isinstance(error, (DataError, OSError)) and not getattr(error, "everywhere", False)
+        alone = isinstance(error, (DataError, RankError, OSError)) and not getattr(error, "everywhere", False)
         lone_machine = not started and launch is not None and launch.local_rank == 0
         return report_failure(error, enabled=first or alone or lone_machine)
     return 0

@@ -60,7 +60,7 @@ SEVERAL_PROCESSES = ("distributed", "e2e", "reliability")
 # First: pytest-xdist reads the groups in a hook of the same name.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of a GPU and long ones unless ``-m`` asks for them by name; say what may run beside what.
+    """Leave out tests of a GPU and long ones unless ``-m`` names them; say what may run at once.
 
     With ``-n 2 --dist loadgroup`` one worker has the tests that start processes, one after another, and the
     other one the rest, file by file: what a file sets up once is set up once.

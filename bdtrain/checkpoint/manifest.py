@@ -163,6 +163,27 @@ def verify_folder(folder: Path, *, part: tuple[int, int] = (0, 1)) -> Manifest:
     return manifest
 
 
+def verify_file(folder: Path, name: str) -> Path:
+    """Compare one file of a committed folder with its manifest, so that it can be read before the others.
+
+    Args:
+        folder: the folder.
+        name: of the file.
+
+    Returns:
+        Its path.
+
+    Raises:
+        CheckpointError: as ``verify_folder``, or if the manifest does not list the file.
+    """
+    _recover(folder, DISK)
+    manifest = read_manifest(folder)
+    if name not in manifest.files:
+        raise CheckpointError(f"{folder / MANIFEST} lists no {name}; choose another checkpoint")
+    _verify_file(folder, name, manifest.files[name])
+    return folder / name
+
+
 def _verify_file(folder: Path, name: str, wanted: FileFacts) -> None:
     path = folder / name
     if not path.is_file():

@@ -146,7 +146,7 @@ def _kind(annotation: Any) -> str:
         elif item_section(branch):
             kinds.append("list")
         elif get_origin(branch) is tuple:
-            kinds.append("two numbers")
+            kinds.append("list" if Ellipsis in get_args(branch) else "two numbers")
         else:
             kinds.append(names[branch])
     return " or ".join(kinds)

@@ -73,7 +73,13 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     if world_size < 1:
         raise ConfigError(f"world_size={world_size}; it must be at least 1")
     tp, pp = config.parallel.tp, config.parallel.pp
-    yield from _tensor_problems(config)
+    yield from tensor_problems(config, tp)
+    seq_len = config.data.seq_len
+    if config.parallel.sequence_parallel and seq_len % tp:
+        yield (
+            f"tp={tp} does not divide seq_len={seq_len}, which sequence parallelism splits; choose tp from "
+            f"{divisors_text(seq_len, smallest=True)} (data.seq_len), or parallel.sequence_parallel=false"
+        )
     if config.model.num_layers % pp:
         yield (
             f"pp={pp} does not divide num_layers={config.model.num_layers}; choose pp from "
@@ -95,9 +101,14 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
         yield from _batch_problems(config, world_size // (tp * pp))
 
 
-def _tensor_problems(config: RunConfig) -> Iterator[str]:
-    """What tensor parallelism cannot cut."""
-    model, tp = config.model, config.parallel.tp
+def tensor_problems(config: RunConfig, tp: int) -> Iterator[str]:
+    """What tensor parallelism cannot cut.
+
+    Args:
+        config: with the model.
+        tp: ranks that share each layer.
+    """
+    model = config.model
     for name in ("num_heads", "num_kv_heads", "ffn_size"):
         size = getattr(model, name)
         if size % tp:
@@ -110,12 +121,6 @@ def _tensor_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"tp={tp} does not divide the padded vocabulary of {padded}; choose tp from {choices}, or make "
             f"model.vocab_multiple={model.vocab_multiple} a multiple of {tp}"
-        )
-    seq_len = config.data.seq_len
-    if config.parallel.sequence_parallel and seq_len % tp:
-        yield (
-            f"tp={tp} does not divide seq_len={seq_len}, which sequence parallelism splits; choose tp from "
-            f"{divisors_text(seq_len, smallest=True)} (data.seq_len), or parallel.sequence_parallel=false"
         )
 
 

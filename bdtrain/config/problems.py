@@ -179,6 +179,8 @@ def type_problem(error: ErrorDetails) -> Problem:
         fields = ", ".join(f"{name}: ..." for name in item.model_fields)
         form = f"{{{fields}}}" if kind == "model_type" else f"a list of {{{fields}}}"
         return Problem((key,), f"{place}={_show(value)}; it must be {form}")
+    if kind == "tuple_type" and Ellipsis in get_args(annotation_of(key)):
+        return Problem((key,), f'{place}={_show(value)}; it must be a list, written "{key}=[A]" or [A,B]')
     return Problem(
         (key,),
         f"{place}={_show(value)}; {_wanted(kind, context, error['msg'])}{_yaml_hint(kind, value)}"

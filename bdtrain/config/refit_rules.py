@@ -5,8 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from bdtrain.config.layout import tensor_problems
 from bdtrain.config.problems import Problem
-from bdtrain.config.schema import RunConfig
+from bdtrain.config.schema import RefitConfig, RunConfig
+
+
+def known_placement(refit: RefitConfig) -> str:
+    """Where re-fits happen, as far as the configuration says it.
+
+    Returns:
+        ``inline``, ``process``, ``ray`` or ``external``; ``auto`` where the machine decides between the first
+        two.
+    """
+    if refit.placement != "auto":
+        return refit.placement
+    if refit.ray_address != "local":
+        return "ray"
+    return "process" if refit.devices else "auto"
 
 
 def refit_conflicts(config: RunConfig) -> Iterator[Problem]:
@@ -22,13 +37,14 @@ def refit_conflicts(config: RunConfig) -> Iterator[Problem]:
         return
     yield from _plan(config)
     yield from _search(config)
-    if refit.lag_steps == 0 and not refit.wait and refit.placement not in ("inline", "auto"):
+    placement = known_placement(refit)
+    if refit.lag_steps == 0 and not refit.wait and placement not in ("inline", "auto"):
         yield Problem(
             ("refit.lag_steps", "refit.wait", "refit.placement"),
-            f"refit.lag_steps=0 with refit.placement={refit.placement}: its plan would always come too late; "
+            f"refit.lag_steps=0 with {_placed(refit)}: its plan would always come too late; "
             "set refit.wait=true, or give refit.lag_steps time for it",
         )
-    if refit.gradient_variance and refit.placement in ("auto", "inline") and config.parallel.zero_stage == 3:
+    if refit.gradient_variance and placement in ("auto", "inline") and config.parallel.zero_stage == 3:
         yield Problem(
             ("refit.gradient_variance", "refit.placement", "parallel.zero_stage"),
             f"refit.gradient_variance=true with refit.placement={refit.placement} and parallel.zero_stage=3: "
@@ -45,12 +61,68 @@ def refit_conflicts(config: RunConfig) -> Iterator[Problem]:
             ("refit.ray_address",),
             f"refit.ray_address={refit.ray_address} is no address; use local, auto or host:port",
         )
-    on_ray = refit.placement == "ray" or (refit.placement == "auto" and refit.ray_address != "local")
-    if refit.worker_gpus and not on_ray:
+    yield from _workers(config)
+    yield from _devices(refit)
+
+
+def _placed(refit: RefitConfig) -> str:
+    """The placement in words, for a refusal."""
+    words = f"refit.placement={refit.placement}"
+    if refit.placement == "auto" and refit.ray_address != "local":
+        return f"{words}, which takes the cluster of refit.ray_address={refit.ray_address}"
+    if refit.placement == "auto" and refit.devices:
+        return f"{words}, which takes refit.devices={list(refit.devices)}"
+    return words
+
+
+def _workers(config: RunConfig) -> Iterator[Problem]:
+    """What workers on Ray cannot be given, or do."""
+    refit = config.refit
+    placement, tp = known_placement(refit), refit.worker_tp
+    if refit.worker_gpus and placement != "ray":
         yield Problem(
             ("refit.worker_gpus", "refit.placement"),
-            f"refit.worker_gpus={refit.worker_gpus} with refit.placement={refit.placement}; GPUs are "
-            "reserved by Ray: use placement=ray, or remove it",
+            f"refit.worker_gpus={refit.worker_gpus} with {_placed(refit)}; GPUs are reserved by Ray: use "
+            "placement=ray, or remove it (placement=process takes refit.devices)",
+        )
+    if tp == 1:
+        return
+    if placement != "ray":
+        yield Problem(
+            ("refit.worker_tp", "refit.placement"),
+            f"refit.worker_tp={tp} with {_placed(refit)}; only workers on Ray share a model: use "
+            "placement=ray, or remove it (placement=inline has the ranks of training)",
+        )
+    if refit.worker_gpus not in (0, 1):
+        yield Problem(
+            ("refit.worker_gpus", "refit.worker_tp"),
+            f"refit.worker_gpus={refit.worker_gpus} with refit.worker_tp={tp}; processes that share a model "
+            "have a GPU each: use 1, or 0 for CPUs",
+        )
+    if refit.gradient_variance:
+        yield Problem(
+            ("refit.gradient_variance", "refit.worker_tp"),
+            f"refit.gradient_variance=true with refit.worker_tp={tp}: gradients are measured in the re-fit's "
+            "own process, which needs the whole model; use gradient_variance=false, or worker_tp=1",
+        )
+    for problem in tensor_problems(config, tp):
+        yield Problem(("refit.worker_tp",), f"refit.worker_tp={tp} cuts the model as parallel.tp: {problem}")
+
+
+def _devices(refit: RefitConfig) -> Iterator[Problem]:
+    """GPUs that a process cannot be given."""
+    devices = list(refit.devices)
+    if not devices:
+        return
+    if known_placement(refit) != "process":
+        yield Problem(
+            ("refit.devices", "refit.placement"),
+            f"refit.devices={devices} with {_placed(refit)}; they are for a process beside rank 0: use "
+            "placement=process, or remove them (workers on Ray get theirs with refit.worker_gpus)",
+        )
+    if len(set(devices)) != len(devices) or min(devices) < 0:
+        yield Problem(
+            ("refit.devices",), f"refit.devices={devices}; give the number of each GPU once, 0 or more"
         )
 
 
@@ -109,11 +181,17 @@ def refit_without_effect(config: RunConfig) -> Iterator[tuple[str, str, tuple[st
         yield "refit.mode", "counts", ("refit.widths", "refit.start_step")
     else:
         yield "refit.mode", "clip", ("refit.uniform_share",)
+    placement = known_placement(refit)
+    word = refit.placement if refit.placement != "auto" else "auto, and refit.ray_address names no cluster"
+    if placement != "ray":
+        yield "refit.placement", word, ("refit.workers", "refit.quorum")
     if refit.placement in ("inline", "process", "external"):
-        keys = ("refit.ray_address", "refit.workers", "refit.quorum")
-        yield "refit.placement", refit.placement, keys
-    if refit.placement in ("inline", "external"):
-        yield "refit.placement", refit.placement, ("refit.worker_cpus",)
+        # With auto it decides.
+        yield "refit.placement", word, ("refit.ray_address",)
+    if placement in ("inline", "external"):
+        yield "refit.placement", word, ("refit.worker_cpus",)
+    if refit.devices and placement == "process":
+        yield "refit.devices", f"{list(refit.devices)}, where no threads count", ("refit.worker_cpus",)
     if refit.placement == "inline":
         yield (
             "refit.placement",

@@ -229,6 +229,15 @@ def fit_density(
     return tuple(float(f"{height:.6g}") for height in heights)
 
 
+def count_shares(plan: NoisePlan) -> np.ndarray:
+    """How often a full block (n = block_size) has a mask count of each cell, float64 [cells]; sums to 1.
+
+    Cells are those of ``bdtrain.diffusion.variance.bin_starts``. A ``bernoulli`` plan's counts are those it
+    leads to where a token is masked.
+    """
+    return _in_cells(compile_tables(plan).probability(plan.block_size).numpy(), plan.block_size)
+
+
 def _sizes(cells: Cells) -> list[int]:
     return [int(n) for n in cells.sizes]
 

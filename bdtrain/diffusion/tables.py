@@ -118,17 +118,13 @@ def compile_tables(plan: NoisePlan) -> PlanTables:
     chances, coefficients = _top_row(plan)
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     resampled = np.ones(size + 1, dtype=bool)
-    # Made once: finding 256 nodes costs more than a row.
-    quadrature = np.polynomial.legendre.leggauss(RESAMPLE_NODES) if plan.resample else None
+    conditioned = _resampled_rows(plan) if plan.resample else {}
     for n in range(size, 0, -1):
         if n < size:
             chances = _leave_one_out(chances, n + 1)
             coefficients = _leave_one_out(coefficients, n + 1)
-        row_chances, row_coefficients = chances, coefficients
-        resampled[n] = not plan.resample or plan.can_resample(n)
-        if quadrature is not None and resampled[n]:
-            row_chances, row_coefficients = _resampled_row(plan, n, quadrature)
-        rows.append(_finish_row(plan, n, row_chances, row_coefficients))
+        resampled[n] = not plan.resample or n in conditioned
+        rows.append(_finish_row(plan, n, *conditioned.get(n, (chances, coefficients))))
     resampled[0] = False
     rows.reverse()
     return PlanTables(
@@ -138,6 +134,17 @@ def compile_tables(plan: NoisePlan) -> PlanTables:
         packed_coefficient=torch.from_numpy(np.concatenate([row[2] for row in rows])),
         resampled=torch.from_numpy(resampled),
     )
+
+
+def loss_scale(plan: NoisePlan) -> float:
+    """The expected loss of a model whose every masked token has a negative log-likelihood of 1.
+
+    What the range alone makes of the loss, and with it of gradients: its width under ``elbo``, 1 under
+    ``reference``, the average share of masked tokens under ``flat``. A density does not change it; the little
+    that ``resample`` does is left out.
+    """
+    _, coefficients = _top_row(plan)
+    return float(np.arange(plan.block_size + 1) @ coefficients) / plan.block_size
 
 
 def _finish_row(
@@ -251,25 +258,37 @@ def _quadrature_row(plan: NoisePlan, n: int) -> tuple[np.ndarray, np.ndarray]:
     return chances / (high - low), integral
 
 
-def _resampled_row(
-    plan: NoisePlan, n: int, quadrature: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """P_n(k) and c_n(k) when k given t is binomial conditioned on k / n inside the clip range."""
+def _resampled_rows(plan: NoisePlan) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """P_n(k) and c_n(k) when k given t is binomial conditioned on k / n inside the clip range.
+
+    All nodes go from n - 1 to n together, Binom(k; n) = (1 - t) Binom(k; n - 1) + t Binom(k - 1; n - 1), in
+    three passes over [n, nodes]: sums of positive terms, and neither logarithms nor exponentials.
+
+    Returns:
+        Both over k = 0..n, by n; none for an n without such a count.
+    """
     beta, omega = plan.interval
-    nodes, weights = quadrature
+    nodes, weights = np.polynomial.legendre.leggauss(RESAMPLE_NODES)
     t = (beta + omega) / 2 + (omega - beta) / 2 * nodes
-    pmf = binomial_chances(n, t)
-    allowed = np.zeros(n + 1)
-    counts = plan.feasible_counts(n)
-    allowed[counts.start : counts.stop] = 1.0
-    pmf = pmf * allowed
-    pmf /= pmf.sum(axis=1, keepdims=True)
-    chances = (weights / 2) @ pmf
-    if plan.weighting == "flat":
-        return chances, chances.copy()
-    coefficients = (weights / 2 / t) @ pmf
-    coefficients[0] = 0.0
-    return chances, coefficients * (omega - beta) if plan.weighting == "elbo" else coefficients
+    scale = omega - beta if plan.weighting == "elbo" else 1.0
+    shares = np.stack((weights / 2, weights / 2 / t * scale))
+    # Counts first: what a step touches lies together.
+    pmf, moved = np.zeros((2, plan.block_size + 1, RESAMPLE_NODES))
+    pmf[0] = 1.0
+    rows = {}
+    for n in range(1, plan.block_size + 1):
+        np.multiply(pmf[:n], t, out=moved[:n])
+        pmf[:n] *= 1.0 - t
+        pmf[1 : n + 1] += moved[:n]
+        if not plan.can_resample(n):
+            continue
+        counts = plan.feasible_counts(n)
+        allowed = pmf[counts.start : counts.stop]
+        row = np.zeros((2, n + 1))
+        row[:, counts.start : counts.stop] = (shares / allowed.sum(axis=0)) @ allowed.T
+        row[1, 0] = 0.0
+        rows[n] = (row[0], row[0] if plan.weighting == "flat" else row[1])
+    return rows
 
 
 def _broadcast(u: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:

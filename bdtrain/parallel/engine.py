@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bdtrain.errors import RankError
 from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.parallel.cpu import schedule_device_context
 from bdtrain.parallel.fragments import StateFragment
@@ -219,8 +220,12 @@ class Engine:
         self._set_masters([self._client_optimizer.state[master][AVERAGE_KEY] for master in masters])
         try:
             yield True
-        finally:
+        except RankError:
+            raise  # to publish weights is a collective, and the peers are in another one
+        except BaseException:
             self._set_masters(kept)
+            raise
+        self._set_masters(kept)
 
     def _set_masters(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():

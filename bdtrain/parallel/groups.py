@@ -43,12 +43,30 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
 
 
-def init_process_group(launch: Launch, *, timeout_s: float = 1800.0) -> None:
+def private_store(launch: Launch, listener: int | None) -> dist.TCPStore:
+    """A store where the ranks of a launch meet; torch's own would listen on all addresses of its machine.
+
+    Args:
+        launch: who this process is.
+        listener: on rank 0 a socket that listens at the launch's address, which the store takes over.
+    """
+    assert launch.master_addr is not None and launch.master_port is not None
+    return dist.TCPStore(
+        launch.master_addr,
+        launch.master_port,
+        launch.world_size,
+        is_master=listener is not None,
+        master_listen_fd=listener,
+    )
+
+
+def init_process_group(launch: Launch, *, timeout_s: float = 1800.0, store: dist.Store | None = None) -> None:
     """Start torch.distributed: NCCL on GPUs, gloo on CPUs. A world of one needs no port.
 
     Args:
         launch: who this process is.
         timeout_s: how long a collective may wait for the others, seconds.
+        store: where the ranks meet, in place of the launch's address.
     """
     if dist.is_initialized():
         return
@@ -66,7 +84,11 @@ def init_process_group(launch: Launch, *, timeout_s: float = 1800.0) -> None:
     backend = "nccl" if cuda else "gloo"
     # Tests meet through a file: ports of one machine are few and may be taken.
     rendezvous = os.environ.get(RENDEZVOUS)
-    if launch.world_size > 1 and rendezvous:
+    if store is not None:
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
+    elif launch.world_size > 1 and rendezvous:
         dist.init_process_group(
             backend,
             init_method=rendezvous,
@@ -80,7 +102,9 @@ def init_process_group(launch: Launch, *, timeout_s: float = 1800.0) -> None:
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
 
 
-def init_groups(launch: Launch | None = None, *, tp: int = 1, pp: int = 1) -> ProcessGroupCollection:
+def init_groups(
+    launch: Launch | None = None, *, tp: int = 1, pp: int = 1, store: dist.Store | None = None
+) -> ProcessGroupCollection:
     """Start torch.distributed and Megatron's grid.
 
     Ranks count tensor-parallel first, then data-parallel, then pipeline stages, so that the ranks which talk
@@ -90,6 +114,7 @@ def init_groups(launch: Launch | None = None, *, tp: int = 1, pp: int = 1) -> Pr
         launch: who this process is; a world of one if None.
         tp: ranks that share each layer.
         pp: pipeline stages.
+        store: where the ranks meet, in place of the launch's address.
 
     Returns:
         The groups of this process (tp, pp, cp, dp, dp_cp, embd, pos_embd, mp, ...), each of size 1 in a world
@@ -99,7 +124,7 @@ def init_groups(launch: Launch | None = None, *, tp: int = 1, pp: int = 1) -> Pr
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    init_process_group(launch or read_launch({}))
+    init_process_group(launch or read_launch({}), store=store)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp

@@ -6,6 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from bdtrain.config import RunConfig
+from bdtrain.config.refit_rules import known_placement
 from bdtrain.errors import ConfigError, RefitError
 from bdtrain.refit.job import Measure, measure_here
 
@@ -33,6 +34,8 @@ def settle_placement(config: RunConfig, *, on_gpus: bool) -> tuple[str, str]:
     if refit.placement == "auto":
         if refit.ray_address != "local":
             chosen, why = "ray", f"refit.ray_address={refit.ray_address} names a cluster"
+        elif refit.devices:
+            chosen, why = "process", f"refit.devices={list(refit.devices)} are free for it"
         elif on_gpus:
             chosen, why = "inline", "the GPUs are busy with training, and one pass is short"
         else:
@@ -52,6 +55,28 @@ def settle_placement(config: RunConfig, *, on_gpus: bool) -> tuple[str, str]:
     return chosen, why
 
 
+def training_share(config: RunConfig, placement: str, *, on_gpus: bool, ranks: int) -> int | None:
+    """How many ranks of training a re-fit is about as fast as, for its expected time.
+
+    Args:
+        config: of the run.
+        placement: as settled.
+        on_gpus: whether it trains on GPUs.
+        ranks: of training.
+
+    Returns:
+        None where it measures on another kind of device, or elsewhere, and nothing is known of its speed.
+    """
+    refit = config.refit
+    if placement == "inline":
+        return ranks
+    if placement == "ray":
+        return refit.workers * refit.worker_tp if (refit.worker_gpus > 0) == on_gpus else None
+    if placement == "process":
+        return 1 if bool(refit.devices) == on_gpus else None
+    return None
+
+
 def choose_measure(config: RunConfig, shared: SharedSession | None = None) -> Measure:
     """What measures the blocks in a process of its own.
 
@@ -62,9 +87,7 @@ def choose_measure(config: RunConfig, shared: SharedSession | None = None) -> Me
     Raises:
         RefitError: if Ray is asked for and not installed.
     """
-    refit = config.refit
-    wants_ray = refit.placement == "ray" or (refit.placement == "auto" and refit.ray_address != "local")
-    if not wants_ray:
+    if known_placement(config.refit) != "ray":
         return measure_here
     settle_placement(config, on_gpus=False)
     from bdtrain.refit.ray_backend import measure_refit

@@ -6,16 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from bdtrain.config import RunConfig, load_config, positive_int
@@ -23,6 +19,7 @@ from bdtrain.config.refit_rules import refit_without_effect
 from bdtrain.config.schema import RefitConfig
 from bdtrain.config.sources import read_overrides
 from bdtrain.errors import BdtrainError, RefitError, report_failure
+from bdtrain.refit.apart import GRACE_S, exit_on_request, refit_command, run_apart
 
 if TYPE_CHECKING:
     from bdtrain.refit.job import Refit
@@ -41,13 +38,11 @@ examples:
   %(prog)s --checkpoint RUN/checkpoints/step-000001000 --checkpoint RUN/checkpoints/step-000002000 \\
       --out OUT --block-sizes 4,16 --mlflow-uri http://127.0.0.1:5000 refit.placement=ray
 
-Settings are those of the run; refit.KEY=VALUE replaces one. A checkpoint of a sweep that fails is told, the
-others are made, and the exit code is that of the first failure.
+Settings are those of the run; refit.KEY=VALUE replaces one. A checkpoint of a sweep that fails, or takes
+longer than refit.deadline_s, is told, the others are made, and the exit code is that of the first failure.
 """
 
 POLL_S = 5.0
-GRACE_S = 60.0
-"""What a process is given beyond its own deadline, and to end when it is asked to."""
 
 
 def main(arguments: list[str]) -> int:
@@ -63,9 +58,12 @@ def main(arguments: list[str]) -> int:
         _check(options)
         if options.watch:
             return _watch(options)
-        if options.checkpoint is not None:
+        if options.one_of_sweep:
+            _refit(options.checkpoint[0], options.out, options)
+        elif options.checkpoint is not None:
             return _sweep(options)
-        _refit(*_snapshot(options), options)
+        else:
+            _refit(*_snapshot(options), options)
     except (BdtrainError, OSError, KeyboardInterrupt) as error:
         return report_failure(error)
     return 0
@@ -102,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         help="MLflow store that gets a run of the sweep, with one nested run for each checkpoint and block "
         "size; credentials go into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
     )
+    # For the processes of a sweep: the table is the sweep's.
+    parser.add_argument("--one-of-sweep", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--nice", type=int, default=0, help="lower the priority of this process, 0 to 19")
     parser.add_argument("overrides", nargs="*", metavar="refit.KEY=VALUE", help="settings of the re-fit")
     return parser
@@ -128,6 +128,12 @@ def _check(options: argparse.Namespace) -> None:
     wrong = [text for text in options.overrides if not text.startswith("refit.")]
     if wrong:
         raise RefitError(f"{', '.join(wrong)}: only settings of the section refit can be given here")
+    devices = [text.partition("=")[2] for text in options.overrides if text.startswith("refit.devices=")]
+    if any(value not in ("[]", "null") for value in devices):
+        raise RefitError(
+            "refit.devices says which GPUs a trainer leaves to the process that it starts; here, give "
+            "CUDA_VISIBLE_DEVICES in the environment, and --device cuda"
+        )
 
 
 def _snapshot(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -154,17 +160,32 @@ def _snapshot(options: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Re-fit saved models, on Ray all of them in one session."""
+    """Re-fit saved models: on Ray all of them in one session, else each in a process of its own."""
     from bdtrain.refit.ray_backend import SharedSession
     from bdtrain.refit.sweep import run_sweep
 
-    with SharedSession() as shared:
-        return run_sweep(
-            options.checkpoint,
-            options.out,
-            lambda checkpoint, folder: _refit(checkpoint, folder, options, shared),
-            mlflow_uri=options.mlflow_uri,
-        )
+    alone = len(options.checkpoint) == 1
+
+    def refit(checkpoint: Path, folder: Path) -> None:
+        if alone or _wants_ray(checkpoint, options):
+            _refit(checkpoint, folder, options, shared)
+        else:
+            words = ["--one-of-sweep", "--checkpoint", str(checkpoint), "--out", str(folder)]
+            _refit_apart(words, str(checkpoint), checkpoint, options)
+
+    with SharedSession() as shared, exit_on_request():
+        return run_sweep(options.checkpoint, options.out, refit, mlflow_uri=options.mlflow_uri)
+
+
+def _wants_ray(checkpoint: Path, options: argparse.Namespace) -> bool:
+    """Whether a checkpoint is measured on Ray."""
+    from bdtrain.checkpoint.folders import CONFIG
+    from bdtrain.checkpoint.manifest import verify_file
+    from bdtrain.refit.backends import choose_measure
+    from bdtrain.refit.job import measure_here
+
+    config = _configured(verify_file(checkpoint, CONFIG), options.overrides)
+    return choose_measure(config) is not measure_here
 
 
 def _refit(
@@ -172,11 +193,11 @@ def _refit(
 ) -> Refit:
     """Make one re-fit and say what came of it."""
     from bdtrain.checkpoint.folders import CONFIG
-    from bdtrain.checkpoint.manifest import verify_folder
+    from bdtrain.checkpoint.manifest import verify_file
     from bdtrain.refit.backends import choose_measure
 
-    verify_folder(snapshot)
-    config = _configured(snapshot / CONFIG, options.overrides)
+    # The weights are compared by who opens them.
+    config = _configured(verify_file(snapshot, CONFIG), options.overrides)
     measure = choose_measure(config, shared)
     sizes = tuple(_sizes(options.block_sizes))
     with _deadline(config):
@@ -213,7 +234,9 @@ def _configured(path: Path, overrides: Sequence[str]) -> RunConfig:
     except ValueError:
         return load_config([path], overrides).config  # which says what is wrong
     changed = config.model_copy(update={"refit": refit})
-    idle = {key for _, _, keys in refit_without_effect(changed) for key in keys} - set(given)
+    # When a plan is used is the trainer's business: nothing comes too late here.
+    idle = {"refit.lag_steps", "refit.wait"}.union(*(keys for _, _, keys in refit_without_effect(changed)))
+    idle -= set(given)
     return load_config([path], [*overrides, *(f"{key}=null" for key in sorted(idle))]).config
 
 
@@ -231,21 +254,27 @@ def _watch(options: argparse.Namespace) -> int:
     """
     from bdtrain.checkpoint.folders import list_checkpoints
     from bdtrain.refit.schedule_file import SCHEDULE_FILE
-    from bdtrain.refit.snapshot import result_folder, snapshots_folder
+    from bdtrain.refit.snapshot import result_folder, snapshot_digest, snapshots_folder
     from bdtrain.tracking.run_files import EXIT_FILE
 
-    tried: set[int] = set()
-    with _exit_on_request():
+    tried: set[tuple[int, str]] = set()
+    with exit_on_request():
         while True:
             # Asked first: what was written before the end is still seen below.
             ended = (options.run / EXIT_FILE).exists()
             for step, snapshot in list_checkpoints(snapshots_folder(options.run)):
                 folder = result_folder(options.run, step)
-                if step in tried or (folder / SCHEDULE_FILE).exists():
-                    continue
-                tried.add(step)
                 try:
-                    _refit_apart(snapshot, step, options)
+                    # A run that begins anew comes to the same step with another snapshot.
+                    this = step, snapshot_digest(snapshot)
+                except FileNotFoundError:
+                    continue  # deleted this moment: it is an old one
+                try:
+                    if this in tried or (folder / SCHEDULE_FILE).exists():
+                        continue
+                    tried.add(this)
+                    words = ["--run", str(options.run), "--step", str(step)]
+                    _refit_apart(words, f"step {step}", snapshot, options)
                 except (BdtrainError, OSError) as error:
                     report_failure(error)
             if ended:
@@ -253,68 +282,34 @@ def _watch(options: argparse.Namespace) -> int:
             time.sleep(POLL_S)
 
 
-@contextlib.contextmanager
-def _exit_on_request() -> Iterator[None]:
-    """Turn SIGTERM into an exception: who is asked to end takes its child along."""
+def _refit_apart(words: Sequence[str], what: str, snapshot: Path, options: argparse.Namespace) -> None:
+    """Make one re-fit in a process of its own, with the same settings.
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _refit_apart(snapshot: Path, step: int, options: argparse.Namespace) -> None:
-    """Make one re-fit of a run in a process of its own: one that hangs ends alone.
+    Args:
+        words: which one, as arguments.
+        what: it is, for messages.
+        snapshot: that it measures.
+        options: the rest.
 
     Raises:
-        RefitError: if it did not end by itself; what else went wrong it has told.
+        ApartError: if it failed.
+        CheckpointError: if there is no snapshot.
         ConfigError: if its settings are wrong.
     """
     from bdtrain.checkpoint.folders import CONFIG
-    from bdtrain.tracking.child import child_environment
+    from bdtrain.checkpoint.manifest import verify_file
 
-    limit_s = _configured(snapshot / CONFIG, options.overrides).refit.deadline_s + GRACE_S
-    process = subprocess.Popen(
-        _command(step, options),
-        stdin=subprocess.DEVNULL,
-        env=child_environment(os.environ, gpus=True),
-    )
-    try:
-        code = process.wait(limit_s)
-    except subprocess.TimeoutExpired as error:
-        process.kill()
-        raise RefitError(
-            f"the re-fit of step {step} did not end at its deadline (refit.deadline_s) and was killed"
-        ) from error
-    finally:
-        _end(process)
-    if code < 0:
-        raise RefitError(f"the re-fit of step {step} was ended by {signal.Signals(-code).name}")
+    limit_s = _configured(verify_file(snapshot, CONFIG), options.overrides).refit.deadline_s + GRACE_S
+    run_apart(refit_command([*words, *_settings(options)]), what, limit_s)
 
 
-def _command(step: int, options: argparse.Namespace) -> list[str]:
-    """What makes one re-fit of the run with the same settings."""
-    words = ["--run", str(options.run), "--step", str(step)]
+def _settings(options: argparse.Namespace) -> list[str]:
+    """The arguments that say how a re-fit is made."""
+    words = []
     for name in ("data", "block_sizes", "device"):
         if getattr(options, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    # -P: a file of the user's working folder must not hide a library.
-    return [sys.executable, "-P", "-m", "bdtrain.refit", *words, *options.overrides]
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs: asked first, because its Ray has things to put away."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-    if process.poll() is None:
-        process.kill()
-    process.wait()
+    return [*words, *options.overrides]
 
 
 class _deadline:  # noqa: N801 - used as a function

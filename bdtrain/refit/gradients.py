@@ -43,12 +43,13 @@ from bdtrain.diffusion.gradient_variance import (
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
 from bdtrain.diffusion.micro_batch import MicroBatch, corrupt_rows
 from bdtrain.diffusion.objectives.base import Objective
-from bdtrain.diffusion.plan import evaluation_plan
+from bdtrain.diffusion.plan import NoisePlan, evaluation_plan
 from bdtrain.diffusion.plan_variance import compile_operator
 from bdtrain.diffusion.variance import Cells, bin_starts, build_cells, moments
 from bdtrain.errors import BdtrainError, DataError, RefitError
 from bdtrain.model.head import ParallelVocabView
 from bdtrain.model.transformer import TwoStreamTransformer, assemble_streams
+from bdtrain.refit.candidates import clip_candidates
 from bdtrain.refit.measure import read_blocks, token_channels
 from bdtrain.refit.request import MIN_SEQUENCES
 from bdtrain.refit.search import TIE, SearchResult, bootstrap_weights, plain_values, spread
@@ -248,6 +249,7 @@ class CountGradient:
         square_error: its bootstrap standard error.
         mean_square: squared norm of the mean |E Gamma_k|^2; a little below 0 where it is nothing.
         variance: the first minus the second.
+        variance_error: its bootstrap standard error.
         nll_variance: variance of the summed nll g_k, nats^2.
     """
 
@@ -258,6 +260,7 @@ class CountGradient:
     square_error: float
     mean_square: float
     variance: float
+    variance_error: float
     nll_variance: float
 
 
@@ -284,19 +287,19 @@ class PlanVariances:
 
 @dataclass(frozen=True)
 class GradientReport:
-    """Whether NELBO variance stands for the gradient's, over the candidates of a search.
+    """Whether NELBO variance stands for the gradient's, over clip ranges and the candidates of a search.
 
     Attributes:
         strata: ``stratified`` or ``independent``: the variances that are compared.
         counts: by mask count, full blocks; empty where too few are full.
-        plans: in the order of the search.
+        plans: in the order of the search; those of mode ``counts`` are followed by the clip ranges.
         pearson: correlation of the two variances over the plans; None for fewer than 3 plans, or where they
             do not differ.
         pearson_error: its bootstrap standard error, over sequences.
         spearman: correlation of the ranks.
         spearman_error: its bootstrap standard error.
-        least_nelbo: plan with the least variance of the loss.
-        least_gradient: plan with the least variance of the gradient.
+        least_nelbo: candidate with the least variance of the loss.
+        least_gradient: candidate with the least variance of the gradient.
         excess: by which share the gradient's variance under ``least_nelbo`` is above the least.
         blocks: measured.
         sequences: measured.
@@ -354,8 +357,7 @@ def compare_variances(records: GradientRecords, result: SearchResult) -> Gradien
     losses = [moments(records.blocks, cells), moments(records.blocks, cells, weights)]
     gradients = [gradient_moments(records, cells), gradient_moments(records, cells, weights)]
     plans, nelbo, gradient = [], [], []
-    for candidate in result.candidates:
-        plan = replace(result.current, clip_range=candidate.clip_range, density=candidate.density)
+    for name, plan in _plans_of(result):
         operator = compile_operator(plan, cells)
         by_loss = [operator.statistics(one) for one in losses]
         by_gradient = [gradient_statistics(operator, one) for one in gradients]
@@ -366,7 +368,7 @@ def compare_variances(records: GradientRecords, result: SearchResult) -> Gradien
         measured = by_gradient[0]
         plans.append(
             PlanVariances(
-                name=candidate.name,
+                name=name,
                 nelbo=float(of_loss[0][0]),
                 gradient=float(of_gradient[0][0]),
                 gradient_error=spread(of_gradient[1]),
@@ -377,14 +379,14 @@ def compare_variances(records: GradientRecords, result: SearchResult) -> Gradien
         if operator.finite:
             nelbo.append(of_loss)
             gradient.append(of_gradient)
-    finite = [plan for plan in plans if plan.finite]
+    finite = [plan for plan in plans[: len(result.candidates)] if plan.finite]
     if not finite:
         raise DataError("no plan of the search has a finite variance; there is nothing to compare")
     least_nelbo = min(finite, key=lambda plan: plan.nelbo)
     least_gradient = min(finite, key=lambda plan: plan.gradient)
     pearson: tuple[float | None, float | None] = (None, None)
     spearman = pearson
-    if len(finite) >= MIN_PLANS:
+    if len(nelbo) >= MIN_PLANS:
         pair = _stack(nelbo), _stack(gradient)
         pearson, spearman = _with_error(_pearson, *pair), _with_error(_spearman, *pair)
     return GradientReport(
@@ -401,6 +403,19 @@ def compare_variances(records: GradientRecords, result: SearchResult) -> Gradien
         blocks=records.blocks.blocks,
         sequences=cells.sequences,
     )
+
+
+def _plans_of(result: SearchResult) -> list[tuple[str, NoisePlan]]:
+    """The candidates of a search; with fitted counts the clip ranges as well, or there were too few."""
+    plans = [
+        (one.name, replace(result.current, clip_range=one.clip_range, density=one.density))
+        for one in result.candidates
+    ]
+    if result.settings.mode == "counts":
+        plain = replace(result.current, density=None)
+        ranges = clip_candidates(plain, result.settings).candidates[1:]
+        plans += [(one.name, one.plan) for one in ranges if one.plan not in [plan for _, plan in plans]]
+    return plans
 
 
 def _stack(columns: list[list[np.ndarray]]) -> np.ndarray:
@@ -455,6 +470,7 @@ def _by_count(
             square_error=spread(resampled.second[:, where][:, index] * middle[index]),
             mean_square=float(mean_square[index] * middle[index]),
             variance=float(measured.variance[0, where][index] * middle[index]),
+            variance_error=spread(resampled.variance[:, where][:, index] * middle[index]),
             nll_variance=float(losses[index] * middle[index]),
         )
         for index in range(len(low))

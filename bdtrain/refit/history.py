@@ -6,9 +6,7 @@ that is continued from an earlier checkpoint uses the same plans at the same ste
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.errors import ConfigError, RefitError
-from bdtrain.files import sync_folder
+from bdtrain.files import append_line
 
 HISTORY_FILE = "history.jsonl"
 
@@ -37,6 +35,8 @@ class RefitOutcome:
         version: of the schedule in force afterwards.
         plan: in force afterwards.
         metrics: numbers of the search, by metric name; empty without one.
+        loss_scale: of a plan that is adopted, by how much it changes the scale of the loss
+            (``bdtrain.diffusion.tables.loss_scale``); 1 for any other.
     """
 
     snapshot_step: int
@@ -46,6 +46,7 @@ class RefitOutcome:
     version: int
     plan: NoisePlan
     metrics: Mapping[str, float] = field(default_factory=dict)
+    loss_scale: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -69,6 +70,8 @@ class RefitOutcome:
                 version=int(record["version"]),
                 plan=NoisePlan.from_dict(record["plan"]),
                 metrics={str(name): float(value) for name, value in record["metrics"].items()},
+                # Histories of earlier versions do not have it.
+                loss_scale=float(record.get("loss_scale", 1.0)),
             )
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, ConfigError) as error:
             raise RefitError(f"a line of {HISTORY_FILE} is no outcome of a re-fit ({error!r})") from error
@@ -86,21 +89,8 @@ def append_outcome(folder: Path, outcome: RefitOutcome) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(outcome.to_dict(), sort_keys=True, allow_nan=False)
-    with (folder / HISTORY_FILE).open("a+b", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 1, 0))
-        # A line that a crash tore gets an end first.
-        torn = end > 0 and file.read(1) != b"\n"
-        try:
-            file.write(b"\n" * torn + text.encode() + b"\n")
-            os.fsync(file.fileno())
-        except OSError:
-            # The caller goes on without the outcome: a restart must not find it.
-            with contextlib.suppress(OSError):
-                file.truncate(end)
-            raise
-    if not end:
-        sync_folder(folder)
+    # Whole or not at all: the caller goes on without what was refused, and a restart must not find it.
+    append_line(folder / HISTORY_FILE, text, sync=True)
 
 
 def read_history(folder: Path) -> dict[int, RefitOutcome]:

@@ -119,6 +119,7 @@ def run_refit(
         records, said = measure(request)
         measured = time.monotonic()
         results = judge(records, current, config)
+        _check_same(snapshot, digest)
         seconds = {
             "open": opened - started,
             "measure": measured - opened,
@@ -136,6 +137,17 @@ def run_refit(
         if config.refit.gradient_variance:
             add_gradients(folder, report, lambda: _report_gradients(request, results))
     return Refit(schedule, results, folder, seconds)
+
+
+def _check_same(snapshot: Path, digest: str) -> None:
+    """Refuse to publish over another attempt's results: the run may have come to this step again meanwhile.
+
+    Raises:
+        RefitError: if there is another snapshot in this one's place.
+    """
+    with contextlib.suppress(OSError):
+        if snapshot_digest(snapshot) != digest:
+            raise RefitError(f"{snapshot} is another one than was measured; nothing was written")
 
 
 def _report_gradients(request: RefitRequest, results: Mapping[int, SearchResult]) -> dict[str, Any]:

@@ -25,15 +25,17 @@ class RaySettings:
     Attributes:
         address: ``local`` starts a session on this machine's loopback and ends it, ``auto`` joins the cluster
             that this process runs in, ``host:port`` joins that one.
-        num_workers: processes that hold a model, at least 1.
-        cpus_per_worker: what a worker takes of Ray's count of CPUs; threads are the request's business.
-        gpus_per_worker: what a worker takes of Ray's count of GPUs; with 0 it sees none.
+        num_workers: workers, each of which holds a model, at least 1.
+        cpus_per_worker: what each process of a worker takes of Ray's count of CPUs; threads are the request's
+            business.
+        gpus_per_worker: what each process of a worker takes of Ray's count of GPUs; with 0 it sees none.
         retries: further attempts at a shard whose measurement failed, and at starting a worker.
         temp_folder: where the private folder of a local session is made; its path must be short. None: the
             system's folder for temporary files.
         object_store_mb: size of a local session's object store in megabytes.
         placement_s: seconds in which the cluster must be reached, and then in which it must have room for
             the first worker.
+        tp: processes of a worker, which share its model.
 
     Raises:
         RefitError: at construction, for values that cannot work.
@@ -47,6 +49,7 @@ class RaySettings:
     temp_folder: Path | None = None
     object_store_mb: int = MIN_OBJECT_STORE_MB
     placement_s: float = 120.0
+    tp: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what Ray would refuse later and in other words."""
@@ -63,9 +66,17 @@ class RaySettings:
                     f"at least {MIN_OBJECT_STORE_MB}",
                 ),
                 ("placement_s", 0 < self.placement_s < math.inf, "positive"),
+                ("tp", self.tp >= 1, "at least 1"),
             )
             if not good
         ]
+        if self.tp > 1 and self.gpus_per_worker not in (0, 1):
+            problems.append(
+                f"gpus_per_worker={self.gpus_per_worker:g} must be 0 or 1 with tp={self.tp}: processes that "
+                "share a model have a GPU each"
+            )
+        if self.tp > 1 and not (self.cpus_per_worker or self.gpus_per_worker):
+            problems.append(f"cpus_per_worker=0 must be above 0 with tp={self.tp} on CPUs")
         if self.address not in (LOCAL, AUTO) and split_address(self.address) is None:
             problems.append(f"address={self.address!r} must be local, auto or host:port")
         if problems:

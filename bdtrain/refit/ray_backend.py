@@ -33,7 +33,8 @@ from bdtrain.refit.ray_cluster import (
     runs,
     session_processes,
 )
-from bdtrain.refit.ray_pool import Log, RaySession, Request, WorkerPool, describe_error
+from bdtrain.refit.ray_group import describe_error, numeric_host
+from bdtrain.refit.ray_pool import Log, RaySession, Request, WorkerPool
 
 if TYPE_CHECKING:
     from bdtrain.config import RunConfig
@@ -80,6 +81,7 @@ def measure_refit(
         num_workers=refit.workers,
         cpus_per_worker=refit.worker_cpus,
         gpus_per_worker=refit.worker_gpus,
+        tp=refit.worker_tp,
     )
     outcome = measure_on_ray(
         request,
@@ -233,15 +235,16 @@ def _session(settings: RaySettings, workers: int, deadline: float, log: Log) -> 
         if folder is None:
             stack.callback(_leave, ray)
             _connect(ray, settings, options, deadline)
-            log(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
-            yield RaySession(ray, lambda: None, lambda: None)
+            head = ray.get_runtime_context().gcs_address
+            log(f"joined the Ray cluster at {head}")
+            yield RaySession(ray, lambda: None, lambda: None, numeric_host(head))
             return
         before = set(session_processes(os.getpid(), folder))
         watch = _Watch(folder, before, log)
         stack.callback(watch.end, ray)
         local = {
-            "num_cpus": math.ceil(workers * settings.cpus_per_worker) or 1,
-            "num_gpus": math.ceil(workers * settings.gpus_per_worker),
+            "num_cpus": math.ceil(workers * settings.tp * settings.cpus_per_worker) or 1,
+            "num_gpus": math.ceil(workers * settings.tp * settings.gpus_per_worker),
             "object_store_memory": settings.object_store_mb * 1_000_000,
             "include_dashboard": False,
             "_temp_dir": str(folder / "r"),

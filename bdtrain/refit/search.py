@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bdtrain.diffusion.plan import NoisePlan, evaluation_plan
-from bdtrain.diffusion.plan_variance import PlanStatistics, compile_operator, fit_density
+from bdtrain.diffusion.plan_variance import PlanStatistics, compile_operator, count_shares, fit_density
 from bdtrain.diffusion.variance import BlockRecords, Cells, Moments, bin_starts, build_cells, moments
 from bdtrain.errors import DataError
 from bdtrain.refit.candidates import (
@@ -43,6 +43,8 @@ class CandidateResult:
         name: of the candidate.
         clip_range: of its plan, None for the full range.
         density: of its plan.
+        drawn: mode ``counts``: how often a full block has each cell of mask counts, the cells of ``losses``;
+            else None.
         is_current: whether it is the plan in use.
         edges: at which edges of the grid it lies.
         mean: expected loss; that of the objective, not a bound unless the range is the full one.
@@ -63,6 +65,7 @@ class CandidateResult:
     name: str
     clip_range: tuple[float, float] | None
     density: tuple[float, ...] | None
+    drawn: tuple[float, ...] | None
     is_current: bool
     edges: tuple[str, ...]
     mean: float
@@ -91,6 +94,8 @@ class CountLoss:
         nll_error: its bootstrap standard error.
         nll_sd: standard deviation between blocks of the mean per masked token, nats.
         block_sd: standard deviation of the summed loss g of a block (of the middle count of the cell), nats.
+        block_variance: its square, nats^2.
+        block_variance_error: bootstrap standard error of ``block_variance``.
     """
 
     masked_low: int
@@ -100,6 +105,8 @@ class CountLoss:
     nll_error: float
     nll_sd: float
     block_sd: float
+    block_variance: float
+    block_variance_error: float
 
 
 @dataclass(frozen=True)
@@ -244,9 +251,9 @@ def _judge(
     """All candidates on the same records and resamples."""
     operators = [compile_operator(candidate.plan, cells) for candidate in grid.candidates]
     found = [operator.statistics(measured) for operator in operators]
-    drawn = [operator.statistics(resampled) for operator in operators]
+    again = [operator.statistics(resampled) for operator in operators]
     estimate = np.array([_criterion(one, settings, independent)[0] for one in found])
-    draws = np.stack([_criterion(one, settings, independent) for one in drawn])
+    draws = np.stack([_criterion(one, settings, independent) for one in again])
     # An infinite variance cannot be the least one.
     rivals = np.where(np.array([one.finite for one in found])[:, None], draws, np.inf)
     best = (rivals <= rivals.min(axis=0) * (1.0 + TIE)) & np.isfinite(rivals)
@@ -261,8 +268,9 @@ def _judge(
             _candidate_result(
                 candidate,
                 found[index],
-                drawn[index],
+                again[index],
                 independent,
+                drawn=tuple(count_shares(candidate.plan).tolist()) if settings.mode == "counts" else None,
                 criterion=float(estimate[index]),
                 p_best=float(best[index].mean()),
                 difference=difference,
@@ -276,19 +284,22 @@ def _judge(
 def _candidate_result(
     candidate: Candidate,
     found: PlanStatistics,
-    drawn: PlanStatistics,
+    resampled: PlanStatistics,
     independent: bool,
+    *,
+    drawn: tuple[float, ...] | None,
     **judged: float,
 ) -> CandidateResult:
     return CandidateResult(
         name=candidate.name,
         clip_range=candidate.plan.clip_range,
         density=candidate.plan.density,
+        drawn=drawn,
         is_current=candidate.is_current,
         edges=candidate.edges,
         mean=float(found.mean_per_token[0]),
         variance=float(found.variance_per_token[0]),
-        variance_error=spread(drawn.variance_per_token),
+        variance_error=spread(resampled.variance_per_token),
         independent_variance=float(found.independent_per_token[0]),
         relative=float(_relative(found, independent)[0]),
         block_variance=float(found.stratified[0]),
@@ -359,7 +370,9 @@ def _losses_by_count(
         return ()
     low = bin_starts(block_size) + 1
     high = np.append(low[1:] - 1, block_size)
+    middle = (low + high) / 2
     sd = np.sqrt(measured.variance[0, where])
+    variance = [one.variance[:, where] * middle**2 for one in (measured, resampled)]
     return tuple(
         CountLoss(
             masked_low=int(low[index]),
@@ -368,7 +381,9 @@ def _losses_by_count(
             nll=float(measured.first[0, where][index]),
             nll_error=spread(resampled.first[:, where][:, index]),
             nll_sd=float(sd[index]),
-            block_sd=float(sd[index] * (low[index] + high[index]) / 2),
+            block_sd=float(sd[index] * middle[index]),
+            block_variance=float(variance[0][0, index]),
+            block_variance_error=spread(variance[1][:, index]),
         )
         for index in range(len(low))
     )

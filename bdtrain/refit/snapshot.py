@@ -20,8 +20,10 @@ from bdtrain.checkpoint.load import EMA
 from bdtrain.checkpoint.manifest import MANIFEST
 from bdtrain.checkpoint.save import SavedCheckpoint, save_training_state
 from bdtrain.config import DataConfig, RunConfig
+from bdtrain.files import sync_folder
 from bdtrain.parallel.fragments import MASTER, StateFragment
 
+SNAPSHOTS = "snapshots"
 KEPT = 2
 """Snapshots that stay: the one at work and the one before."""
 
@@ -33,7 +35,7 @@ def refit_folder(run: Path) -> Path:
 
 def snapshots_folder(run: Path) -> Path:
     """Folder of its snapshots."""
-    return refit_folder(run) / "snapshots"
+    return refit_folder(run) / SNAPSHOTS
 
 
 def snapshot_folder(run: Path, step: int) -> Path:
@@ -104,6 +106,37 @@ def forget_later(run: Path, step: int) -> None:
     """
     with contextlib.suppress(OSError):
         _delete([place for number, place in list_checkpoints(snapshots_folder(run)) if number > step])
+
+
+def set_aside(run: Path, attempt: int) -> Path | None:
+    """Give all re-fits of the attempts before this one another name: the run begins otherwise. For rank 0.
+
+    What they said stays, for people to look at; their snapshots are deleted, as those of any former future.
+
+    Args:
+        run: folder of the run.
+        attempt: number of this start.
+
+    Returns:
+        Where they are now; None if there were none.
+
+    Raises:
+        OSError: if the disk refuses; they are where they were then, and the run would use them.
+    """
+    source = refit_folder(run)
+    target = source.with_name(f"{source.name}-before-attempt-{attempt}")
+    number = 2
+    while target.exists():
+        target = source.with_name(f"{source.name}-before-attempt-{attempt}-{number}")
+        number += 1
+    try:
+        source.rename(target)
+    except FileNotFoundError:
+        return None
+    sync_folder(run)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(target / SNAPSHOTS)
+    return target
 
 
 def _delete(folders: Sequence[Path]) -> None:

@@ -13,22 +13,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bdtrain.errors import BdtrainError, RefitError, report_failure
 from bdtrain.files import write_atomic
 from bdtrain.refit.sweep_runs import SweepRuns, failed_run, nested_run
-from bdtrain.refit.sweep_table import SWEEP_FILE, SweepRow, format_table, make_row
+from bdtrain.refit.sweep_table import SWEEP_FILE, SweepRow, format_table, read_rows
 from bdtrain.tracking.mlflow import FAILED, FINISHED, KILLED
-
-if TYPE_CHECKING:
-    from bdtrain.refit.job import Refit
 
 SWEEP_FORMAT = "bdtrain-refit-sweep/1"
 NAME_PARTS = 3
 
-Refitter = Callable[[Path, Path], "Refit"]
-"""From a checkpoint and the folder of its results to what came of it."""
+Refitter = Callable[[Path, Path], object]
+"""Re-fits a checkpoint and leaves the results in a folder."""
 
 
 def run_sweep(
@@ -90,7 +87,8 @@ class Sweep:
         folder = self._out / name if len(self._names) > 1 else self._out
         began = time.time()
         try:
-            done = refit(checkpoint, folder)
+            refit(checkpoint, folder)
+            found = read_rows(checkpoint, folder)
         except (BdtrainError, OSError) as error:
             code = report_failure(error)
             self.exit_code = self.exit_code or code
@@ -98,11 +96,9 @@ class Sweep:
             if self._runs is not None:
                 self._runs.add([failed_run(checkpoint, name, str(error), began)])
         else:
-            rows = [make_row(checkpoint, done, result) for result in done.results.values()]
-            self.rows += rows
+            self.rows += [row for row, _ in found]
             if self._runs is not None:
-                results = zip(rows, done.results.values(), strict=True)
-                self._runs.add([nested_run(row, name, result, began) for row, result in results])
+                self._runs.add([nested_run(row, name, record, began) for row, record in found])
         self._write(complete=False)
 
     def end(self, *, complete: bool) -> None:

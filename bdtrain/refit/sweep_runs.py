@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bdtrain.refit.sweep_table import NOTE_CHARACTERS, SweepRow, format_note
 from bdtrain.tracking.mlflow import FAILED, FINISHED, NestedRun, NestedRuns, quiet_environment
@@ -15,9 +15,6 @@ from bdtrain.tracking.refits import Plot, plot_variance
 from bdtrain.tracking.refits import Refit as ShownRefit
 from bdtrain.tracking.run_files import REFIT_REPORT
 from bdtrain.tracking.spool import Point, redact
-
-if TYPE_CHECKING:
-    from bdtrain.refit.search import SearchResult
 
 EXPERIMENT = "bdtrain-sweeps"
 """Of MLflow: not the one of the runs, whose table would be full of sweeps."""
@@ -94,16 +91,15 @@ class SweepRuns:
         return True
 
 
-def nested_run(row: SweepRow, name: str, result: SearchResult, began: float) -> NestedRun:
+def nested_run(row: SweepRow, name: str, record: Mapping[str, Any], began: float) -> NestedRun:
     """The run of one checkpoint and block size.
 
     Args:
         row: of the table.
         name: of the checkpoint's results.
-        result: the search.
+        record: of the search, as the report has it.
         began: seconds since 1970 at which the re-fit began.
     """
-    record = result.to_dict()
     now_ms = round(time.time() * 1000)
     points = [Point(name, value, now_ms, row.step) for name, value in _metrics(row).items()]
     plot = plot_variance(record, row.block_size)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from bdtrain.refit.job import Refit
-    from bdtrain.refit.search import SearchResult
+from bdtrain.errors import RefitError
+from bdtrain.refit.schedule_file import REPORT_FILE
 
 SWEEP_FILE = "sweep.json"
 NOTE_ROWS, NOTE_CHARACTERS = 25, 4000
@@ -66,46 +66,57 @@ class SweepRow:
     sequences: int
 
 
-def make_row(checkpoint: Path, refit: Refit, result: SearchResult) -> SweepRow:
-    """The row of one search.
+def read_rows(checkpoint: Path, folder: Path) -> list[tuple[SweepRow, Mapping[str, Any]]]:
+    """The rows of one checkpoint, from the report of its re-fit, by block size.
 
     Args:
-        checkpoint: that was measured.
-        refit: of all block sizes.
-        result: of the one.
-    """
-    from bdtrain.refit.search import plain_values
+        checkpoint: that was measured, as it was given.
+        folder: of its results.
 
-    current = result.candidates[0]
-    winner = next(one for one in result.candidates if one.name == result.winner)
-    independent = result.strata == "independent"
-    # To ten digits, as in the report, and None for what is not finite.
-    values = plain_values(
-        {
-            "variance": current.independent_variance if independent else current.variance,
-            "variance_error": None if independent else current.variance_error,
-            "variance_best": winner.independent_variance if independent else winner.variance,
-            "variance_best_error": None if independent else winner.variance_error,
-            "gain": result.gain,
-            "p_best": winner.p_best,
-            "nelbo": result.nelbo,
-            "nelbo_error": result.nelbo_error,
-        }
-    )
+    Returns:
+        Each row, and the record of its search.
+
+    Raises:
+        RefitError: if the report cannot be read.
+    """
+    try:
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        results = {int(size): result for size, result in report["results"].items()}
+        return [
+            (_row(checkpoint, folder, report, size, results[size]), results[size]) for size in sorted(results)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise RefitError(
+            f"{folder / REPORT_FILE} cannot be read ({error!r}); make this re-fit again"
+        ) from error
+
+
+def _row(
+    checkpoint: Path, folder: Path, report: Mapping[str, Any], size: int, result: Mapping[str, Any]
+) -> SweepRow:
+    """The row of one search; numbers are those of the report, to ten digits, None where one is not finite."""
+    current = result["candidates"][0]
+    winner = next(one for one in result["candidates"] if one["name"] == result["winner"])
+    independent = result["strata"] == "independent"
+    variance = "independent_variance" if independent else "variance"
     return SweepRow(
         checkpoint=str(checkpoint),
-        folder=str(refit.folder),
-        run_uid=refit.schedule.run_uid,
-        step=refit.schedule.snapshot_step,
-        block_size=result.current.block_size,
-        current=current.name,
-        winner=winner.name,
-        adopt=result.adopt,
-        at_edge=tuple(result.at_edge),
-        strata=result.strata,
-        blocks=result.blocks,
-        sequences=result.sequences,
-        **values,
+        folder=str(folder),
+        run_uid=report["run_uid"],
+        step=report["snapshot_step"],
+        block_size=size,
+        current=current["name"],
+        winner=winner["name"],
+        at_edge=tuple(result["at_edge"]),
+        variance=current[variance],
+        variance_error=None if independent else current["variance_error"],
+        variance_best=winner[variance],
+        variance_best_error=None if independent else winner["variance_error"],
+        p_best=winner["p_best"],
+        **{
+            key: result[key]
+            for key in ("adopt", "strata", "gain", "nelbo", "nelbo_error", "blocks", "sequences")
+        },
     )
 
 

@@ -16,6 +16,8 @@ from bdtrain.diffusion.plan import evaluation_plan
 from bdtrain.diffusion.variance import BlockRecords
 from bdtrain.errors import RefitError
 from bdtrain.model.build import DTYPES
+from bdtrain.parallel.groups import init_groups, prepare_deepspeed, private_store
+from bdtrain.parallel.launch_environment import Launch
 from bdtrain.refit.gradients import report_gradients
 from bdtrain.refit.measure import measure_blocks
 from bdtrain.refit.request import RefitRequest
@@ -25,36 +27,49 @@ from bdtrain.validation.evaluate import load_saved
 
 
 class RefitWorker:
-    """Measures shards of a request; two workers return the same bits for the same shard.
+    """Measures shards of a request; two workers of one size return the same bits for the same shard.
 
     Args:
         request: the measurement, or its ``to_dict``.
+        launch: who this process is among those that share the model (tensor parallelism), all of which make
+            the same calls; None for a model of its own.
+        listener: on the first of them a socket that listens at the launch's address; taken over.
 
     Raises:
         CheckpointError: if the snapshot is damaged.
+        ConfigError: if the model cannot be cut over so many processes.
         DataError: if the held-out text cannot be read.
         RefitError: if the device is not there.
     """
 
-    def __init__(self, request: RefitRequest | Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        request: RefitRequest | Mapping[str, Any],
+        launch: Launch | None = None,
+        listener: int | None = None,
+    ) -> None:
         self.request = request if isinstance(request, RefitRequest) else RefitRequest.from_dict(request)
         if self.request.threads is not None:
             torch.set_num_threads(self.request.threads)
         self._device = torch.device(self.request.device)
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise RefitError(
-                "the re-fit is to run on a GPU and this process sees none; give its workers GPUs "
-                "(refit.worker_gpus), or let it run on CPUs"
+                "the re-fit is to run on a GPU and this process sees none; give it one that is there "
+                "(refit.worker_gpus on Ray, refit.devices beside a trainer), or let it run on CPUs"
             )
-        dtype = DTYPES[self.request.precision]
-        self._saved, self._model = load_saved(Path(self.request.snapshot), device=self._device, dtype=dtype)
+        self._saved, self._model = load_saved(
+            Path(self.request.snapshot),
+            device=self._device,
+            dtype=DTYPES[self.request.precision],
+            groups=None if launch is None else join_group(launch, listener),
+        )
         self._parts = self.request.parts
         section = data_section(self._saved.config, self.request.data_path)
         self._source: Source = build_source(section, split="valid", seed=self._saved.config.run.seed)
         self._data = section
 
     def measure(self, shard: int) -> dict[int, BlockRecords]:
-        """Measure one shard.
+        """Measure one shard; of processes that share the model, each gets all records.
 
         Args:
             shard: its number in ``request.parts``.
@@ -90,3 +105,13 @@ class RefitWorker:
             seed=self.request.seed,
             device=self._device,
         )
+
+
+def join_group(launch: Launch, listener: int | None) -> Any:
+    """Meet the processes that share the model with this one.
+
+    Returns:
+        Megatron's process groups.
+    """
+    prepare_deepspeed()
+    return init_groups(launch, tp=launch.world_size, store=private_store(launch, listener))

@@ -1,4 +1,4 @@
-"""JSON files of a run's folder as whoever shows them must take them: missing, torn or something else."""
+"""JSON and YAML of a run's folder as whoever shows them must take them: missing, torn or something else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 MAX_JSON_BYTES = 1 << 22
 
@@ -41,6 +43,21 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where the file is missing, torn or something else."""
     return parse_json(read_text(path))
+
+
+def parse_yaml(text: str) -> dict[str, Any]:
+    """A mapping out of YAML; an empty one where it is torn or something else."""
+    try:
+        # The C parser is ten times faster; the config alone would else take most of a report's time.
+        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping; an empty one where the file is missing, torn or something else."""
+    return parse_yaml(read_text(path))
 
 
 def read_text(path: Path) -> str:

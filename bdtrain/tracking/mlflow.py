@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from bdtrain.tracking.json_files import read_yaml
 from bdtrain.tracking.jsonl import read_lines
 from bdtrain.tracking.run_artifacts import describe_inputs, make_files
 from bdtrain.tracking.run_files import ARTIFACTS, CONFIG_FILE, DATABASE_FILE, METRICS_FILE, RUN_FILE
@@ -117,7 +118,7 @@ class MlflowStore:
             **{f"bdtrain.{name}": str(start[name]) for name in ENVIRONMENT_TAGS if name in start},
         }
         known = self._client.get_run(self.run_id).data.params
-        params = dict(flatten(self._read_config()))
+        params = dict(flatten(read_yaml(self._folder / CONFIG_FILE)))
         # MLflow refuses to change a parameter: what a later attempt changed is a tag.
         changed = {key: value for key, value in params.items() if known.get(key, value) != value}
         if changed:
@@ -225,15 +226,6 @@ class MlflowStore:
             tags={"bdtrain.run_uid": options.run_uid.replace("'", "")},
         )
         return str(run.info.run_id)
-
-    def _read_config(self) -> dict[str, Any]:
-        import yaml
-
-        try:
-            config = yaml.safe_load((self._folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            return {}
-        return config if isinstance(config, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ The part before the slash is the section under which MLflow's page shows the met
 * ``perf/``: speed.
 * ``fault/``: what went wrong and was survived.
 * ``ckpt/``: checkpoints.
-* ``sched/``: the noise plan and its re-fits. Functions of the run alone while no re-fit is late or fails.
+* ``sched/``: the noise plan and its re-fits. Functions of the run alone while no re-fit is late or fails,
+  but for those of gradients.
 """
 
 from __future__ import annotations
@@ -109,6 +110,30 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "sched/at_edge": Metric("1", "1 where the best plan lies at an edge of the grid", True),
         "sched/nelbo": Metric("nats/token", "full bound on the rows of the re-fit", True),
         "sched/nelbo_error": Metric("nats/token", "standard error of sched/nelbo", True),
+        # Added to a report after its schedule: a re-fit that is due before has none of them.
+        "sched/gradient_variance": Metric(
+            "nats^2/token^2",
+            "variance of the last layer's gradient of a block's loss per token, the plan before the re-fit",
+            False,
+        ),
+        "sched/gradient_variance_error": Metric(
+            "nats^2/token^2", "standard error of sched/gradient_variance", False
+        ),
+        "sched/gradient_variance_best": Metric(
+            "nats^2/token^2", "the same under the best plan of the search, which goes by the loss", False
+        ),
+        "sched/gradient_excess": Metric(
+            "1", "share by which the plan of least loss variance exceeds the least gradient variance", False
+        ),
+        "sched/gradient_correlation": Metric(
+            "1",
+            "correlation of loss variance and gradient variance over clip ranges and the plans of the search",
+            False,
+        ),
+        "sched/gradient_correlation_error": Metric(
+            "1", "standard error of sched/gradient_correlation", False
+        ),
+        "sched/gradient_rank_correlation": Metric("1", "the same of the ranks of the two variances", False),
         "ckpt/bytes": Metric("bytes", "size of the checkpoint", False),
         "ckpt/seconds": Metric("s", "wall time from the start of a save to its commit", False),
     }

@@ -6,13 +6,15 @@ Made in the shipping process, so that matplotlib's import costs the trainer noth
 from __future__ import annotations
 
 import math
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bdtrain.tracking.refits import Plot, Refit, list_plots
+from bdtrain.tracking.refits import Plot, Refit, Series
 from bdtrain.tracking.report.plots import SPOT_NAMES, short_name, standalone
+from bdtrain.tracking.report.refit_plots import list_plots
 
 COLOURS = ("#6a3d9a", "#1f6fb2", "#17868a", "#4f8f2f", "#b0820f", "#b3302b")
 SPOTS = MappingProxyType(
@@ -22,6 +24,8 @@ SPOTS = MappingProxyType(
     }
 )
 DPI = 130
+TITLE_CHARACTERS, NOTE_CHARACTERS = 64, 86
+"""As many as fit above and below a plot."""
 
 
 def has_matplotlib() -> bool:
@@ -30,7 +34,7 @@ def has_matplotlib() -> bool:
 
 
 def draw_refit(refit: Refit | None, base: Path) -> list[Path]:
-    """Draw a re-fit: variance against range, and beside it loss against mask share.
+    """Draw a re-fit: variance against range or fitted counts, and what was measured by mask count.
 
     Args:
         refit: None, or one without a report, has no pictures.
@@ -76,24 +80,15 @@ def _draw(axes: Any, plot: Plot) -> None:
         if error:
             axes.axhspan(value - error, value + error, color="#a9620b", alpha=0.13, linewidth=0)
     for number, series in enumerate(plot.series):
-        xs, ys, errors = zip(*series.points, strict=True)
-        axes.errorbar(
-            xs,
-            ys,
-            yerr=[error or 0.0 for error in errors],
-            label=series.name if len(plot.series) > 1 or plot.levels else None,
-            color=COLOURS[number % len(COLOURS)],
-            linewidth=1.3,
-            elinewidth=1.0,
-            marker="o",
-            markersize=3.2,
-        )
+        label = series.name if len(plot.series) > 1 or plot.levels else None
+        _draw_series(axes, series, label, COLOURS[number % len(COLOURS)])
     for spot in plot.spots:
         label = f"{SPOT_NAMES.get(spot.kind, spot.kind)}: {short_name(spot.name)}"
         axes.scatter([spot.x], [spot.y], label=label, zorder=5, **SPOTS.get(spot.kind, SPOTS["current"]))
     if plot.log:
         axes.set_yscale("log")
-    axes.set_title(plot.title, fontsize=10.5, loc="left")
+    axes.set_title(textwrap.fill(plot.title, TITLE_CHARACTERS), fontsize=10.5, loc="left")
+    axes.locator_params(axis="x", nbins=8, integer=plot.whole)
     axes.set_xlabel(plot.x_title)
     axes.set_ylabel(plot.y_title)
     axes.grid(color="#e1e3e1", linewidth=0.7)
@@ -101,6 +96,27 @@ def _draw(axes: Any, plot: Plot) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7.5, frameon=False)
+        axes.legend(fontsize=8.5, frameon=False)
     if plot.notes:
-        axes.text(0.0, -0.2, "; ".join(plot.notes), transform=axes.transAxes, fontsize=7.5, color="#5c6570")
+        words = textwrap.fill("; ".join(plot.notes), NOTE_CHARACTERS)
+        place = {"transform": axes.transAxes, "verticalalignment": "top"}
+        axes.text(0.0, -0.17, words, fontsize=8.5, color="#5c6570", **place)
+
+
+def _draw_series(axes: Any, series: Series, label: str | None, colour: str) -> None:
+    xs, ys, errors = zip(*series.points, strict=True)
+    if series.edges:
+        axes.stairs(ys, series.edges, baseline=None, label=label, color=colour, linewidth=1.4)
+        return
+    axes.errorbar(
+        xs,
+        ys,
+        yerr=[error or 0.0 for error in errors],
+        label=label,
+        color=colour,
+        linewidth=1.3,
+        linestyle="-" if series.joined else "",
+        elinewidth=1.0,
+        marker="o",
+        markersize=3.2,
+    )

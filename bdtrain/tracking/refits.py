@@ -1,4 +1,4 @@
-"""The re-fits of a run as its folder tells them, and what is to be drawn of each.
+"""The re-fits of a run as its folder tells them, and the picture of variance against the clip range.
 
 Read as files, by whoever shows them: the report, and the processes that ship. What is missing, torn or of
 another kind is left out; nothing here raises for what a file holds.
@@ -7,7 +7,7 @@ another kind is left out; nothing here raises for what a file holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ LOG_RATIO = 30.0
 
 FULL_RANGE = (0.0, 1.0)
 
+BySize = dict[int, Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -41,6 +43,7 @@ class Refit:
         after: the plan in force afterwards.
         metrics: numbers of the search, by metric name.
         results: outcome of the search by block size; empty without a report.
+        gradients: what was measured of the last layer's gradient, by block size; empty where nothing was.
     """
 
     step: int
@@ -52,6 +55,7 @@ class Refit:
     after: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    gradients: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,16 @@ class Series:
     Attributes:
         name: of the kind.
         points: (x, y, standard error or None), by x.
+        joined: whether a line joins them.
+        edges: of bins, one more than points: a level is drawn over each bin then.
+        names: of the points, where they have any.
     """
 
     name: str
     points: tuple[tuple[float, float, float | None], ...]
+    joined: bool = True
+    edges: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class Plot:
         levels: horizontal lines: (name, value, standard error or None).
         spots: marked points.
         log: whether the vertical axis is logarithmic.
+        whole: whether the horizontal axis counts something.
         notes: what else a reader must know.
     """
 
@@ -99,6 +110,7 @@ class Plot:
     levels: tuple[tuple[str, float, float | None], ...] = ()
     spots: tuple[Spot, ...] = ()
     log: bool = False
+    whole: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -125,7 +137,7 @@ def read_refits(folder: Path, events: Sequence[Mapping[str, Any]] = (), *, limit
         plan = section(record, "plan")
         adopt_step, version = _whole(record, "adopt_step"), _whole(record, "version")
         after = describe_plan(plan) if plan else ""
-        results = read_results(folder, step) if position >= len(records) - limit else {}
+        results, gradients = read_results(folder, step) if position >= len(records) - limit else ({}, {})
         own = _result_of(results, plan)
         found.append(
             Refit(
@@ -138,6 +150,7 @@ def read_refits(folder: Path, events: Sequence[Mapping[str, Any]] = (), *, limit
                 after=after,
                 metrics=section(record, "metrics"),
                 results=results,
+                gradients=gradients,
             )
         )
         before = after
@@ -145,18 +158,24 @@ def read_refits(folder: Path, events: Sequence[Mapping[str, Any]] = (), *, limit
     return [*found[-limit:], *pending]
 
 
-def read_results(folder: Path, step: int) -> dict[int, Mapping[str, Any]]:
-    """What the search of a re-fit found, by block size.
+def read_results(folder: Path, step: int) -> tuple[BySize, BySize]:
+    """What the search of a re-fit found, and what was measured of gradients, by block size.
 
     Args:
         folder: of the run.
         step: of the snapshot.
     """
     report = read_json(folder / REFIT_FOLDER / refit_name(step) / REFIT_REPORT)
-    found = {}
-    for size, result in section(report, "results").items():
-        if isinstance(result, dict) and size.isascii() and size.isdigit() and len(size) < 10:
-            found[int(size)] = result
+    return by_size(section(report, "results")), by_size(section(report, "gradients"))
+
+
+def by_size(values: Mapping[str, Any]) -> BySize:
+    """The objects of a report that stand under block sizes."""
+    found = {
+        int(size): value
+        for size, value in values.items()
+        if isinstance(value, dict) and size.isascii() and size.isdigit() and len(size) < 10
+    }
     return dict(sorted(found.items()))
 
 
@@ -169,8 +188,8 @@ def read_refit(folder: Path, step: int) -> Refit | None:
     """
     found = {refit.step: refit for refit in read_refits(folder)}.get(step)
     if found is None:
-        results = read_results(folder, step)
-        return Refit(step, None, "pending", results=results) if results else None
+        results, gradients = read_results(folder, step)
+        return Refit(step, None, "pending", results=results, gradients=gradients) if results else None
     return found
 
 
@@ -191,6 +210,32 @@ def read_files(folder: Path, step: int) -> dict[str, Any]:
     }
 
 
+def gradient_metrics(report: Mapping[str, Any], block_size: int) -> dict[str, float]:
+    """What a re-fit measured of the last layer's gradient, by metric name; empty where it measured nothing.
+
+    Args:
+        report: of the re-fit.
+        block_size: of the run.
+    """
+    result = section(section(report, "results"), str(block_size))
+    found = section(section(report, "gradients"), str(block_size))
+    plans = {
+        str(plan.get("name")): plan for plan in objects(found, "plans") if plan.get("finite") is not False
+    }
+    current = next((row for row in objects(result, "candidates") if row.get("is_current") is True), {})
+    before, best = plans.get(str(current.get("name"))), plans.get(str(result.get("winner")))
+    values = {
+        "sched/gradient_variance": number(before, "gradient"),
+        "sched/gradient_variance_error": number(before, "gradient_error"),
+        "sched/gradient_variance_best": number(best, "gradient"),
+        "sched/gradient_excess": number(found, "excess"),
+        "sched/gradient_correlation": number(found, "pearson"),
+        "sched/gradient_correlation_error": number(found, "pearson_error"),
+        "sched/gradient_rank_correlation": number(found, "spearman"),
+    }
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
 def describe_plan(plan: Mapping[str, Any]) -> str:
     """Range and density of a noise plan in a few words."""
     clip_range = _range(plan)
@@ -200,7 +245,9 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
         words = "full masking"
     else:
         words = f"{clip_range[0]:g} to {clip_range[1]:g}"
-    return words + (", fitted counts" if isinstance(plan.get("density"), list) else "")
+    if not isinstance(plan.get("density"), list):
+        return words
+    return "fitted counts" if words == "full range" else f"{words}, fitted counts"
 
 
 def _settled(folder: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -251,19 +298,6 @@ def _result_of(results: Mapping[int, Mapping[str, Any]], plan: Mapping[str, Any]
 # -- What is to be drawn of it -------------------------------------------------------------------------------
 
 
-def list_plots(refit: Refit, *, limit: int = 4) -> Iterator[Plot]:
-    """The pictures of a re-fit: variance against range and loss against mask share, for each block size.
-
-    Args:
-        refit: with its results.
-        limit: of block sizes.
-    """
-    for size, result in list(refit.results.items())[:limit]:
-        for plot in (plot_variance(result, size), plot_losses(result, size)):
-            if plot is not None:
-                yield plot
-
-
 def plot_variance(result: Mapping[str, Any], block_size: int) -> Plot | None:
     """Variance of each clip range against its lower bound, one series for each width.
 
@@ -282,12 +316,12 @@ def plot_variance(result: Mapping[str, Any], block_size: int) -> Plot | None:
     spots: list[Spot] = []
     left_out = 0
     winner = result.get("winner")
-    for candidate in _objects(result, "candidates"):
-        value = _drawable(candidate, "independent_variance" if independent else "variance")
+    for candidate in objects(result, "candidates"):
+        value = drawable(candidate, "independent_variance" if independent else "variance")
         if value is None or candidate.get("finite") is False:
             left_out += 1
             continue
-        error = None if independent else _drawable(candidate, "variance_error")
+        error = None if independent else drawable(candidate, "variance_error")
         name = str(candidate.get("name", "?"))
         begin, end = _range(candidate) or FULL_RANGE
         if isinstance(candidate.get("density"), list):
@@ -322,40 +356,17 @@ def plot_variance(result: Mapping[str, Any], block_size: int) -> Plot | None:
     )
 
 
-def plot_losses(result: Mapping[str, Any], block_size: int) -> Plot | None:
-    """Loss per masked token against the share of a block that is masked.
-
-    Args:
-        result: of a search.
-        block_size: that it was made for, 1 or more.
-
-    Returns:
-        None where the result holds nothing to draw.
-    """
-    points = []
-    for loss in _objects(result, "losses"):
-        low, high, value = (_drawable(loss, name) for name in ("masked_low", "masked_high", "nll"))
-        if low is not None and high is not None and value is not None:
-            points.append(((low + high) / 2 / max(block_size, 1), value, _drawable(loss, "nll_error")))
-    if not points:
-        return None
-    return Plot(
-        title=f"Loss by masked share, block size {block_size}",
-        x_title="masked share of the block",
-        y_title="nats/masked token",
-        series=(Series("loss", tuple(sorted(points))),),
-    )
-
-
 def _width_name(width: float) -> str:
     return f"width {width:g}" if width else "full masking"
 
 
-def _drawable(values: Mapping[str, Any], name: str) -> float | None:
+def drawable(values: Mapping[str, Any], name: str) -> float | None:
+    """A number of a report that a picture can hold; None where there is none."""
     value = number(values, name)
     return None if value is None or abs(value) > LARGEST or math.isnan(value) else float(value)
 
 
-def _objects(values: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+def objects(values: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The objects of a list in a report; what is none is left out."""
     found = values.get(name)
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []

@@ -18,9 +18,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from bdtrain.tracking.json_files import number, read_json, read_text, section
+from bdtrain.tracking.json_files import number, read_json, read_yaml, section
 from bdtrain.tracking.jsonl import read_lines
 from bdtrain.tracking.pictures import draw_refit
 from bdtrain.tracking.refits import read_files, read_refit
@@ -145,7 +143,7 @@ def describe_inputs(folder: Path) -> list[DataInput]:
     fingerprint = section(read_json(folder / RUN_FILE), "data_fingerprint")
     if not fingerprint:
         return []
-    data = section(_read_yaml(folder / CONFIG_FILE), "data")
+    data = section(read_yaml(folder / CONFIG_FILE), "data")
     path = data.get("path")
     digest = str(fingerprint.get("corpus", "unknown"))
     if not isinstance(path, str):
@@ -196,11 +194,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -15,9 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from bdtrain.tracking.json_files import read_text
+from bdtrain.tracking.json_files import read_yaml
 from bdtrain.tracking.mlflow import StoreOptions, flatten
 from bdtrain.tracking.run_artifacts import make_files
 from bdtrain.tracking.run_files import CONFIG_FILE, WANDB
@@ -61,7 +59,7 @@ class WandbStore:
             name=options.run_name,
             id=uid,
             dir=str(folder),
-            config=dict(flatten(_read_config(folder / CONFIG_FILE))),
+            config=dict(flatten(read_yaml(folder / CONFIG_FILE))),
             # Its own samples would be of this process, and of the folder that it happens to run in.
             settings=wandb.Settings(
                 console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True
@@ -94,11 +92,3 @@ class WandbStore:
     def finish(self, event: str, time_ms: int) -> None:
         """Close the files."""
         self._run.finish(exit_code=EXIT_CODE[event])
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}

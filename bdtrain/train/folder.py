@@ -5,6 +5,7 @@ config.yaml          the resolved configuration of the latest attempt
 metrics.jsonl        every number (``bdtrain.tracking.jsonl``)
 checkpoints/step-N   training state (``bdtrain.checkpoint``)
 checkpoint/          final weights
+refit/               re-fits of the noise plan; refit-before-attempt-N of a run that began otherwise
 samples.jsonl, summary.json
 EXIT.json            how the last attempt ended; missing while one runs, and after one that was killed
 
@@ -21,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdtrain.config import RunConfig, dump_resolved
-from bdtrain.config.resume import fixed_changes, fixed_settings
-from bdtrain.errors import CheckpointError, ConfigError
+from bdtrain.config import RunConfig, dump_resolved, load_config
+from bdtrain.config.resume import changed_settings, fixed_changes, fixed_settings
+from bdtrain.errors import BdtrainError, CheckpointError, ConfigError
 from bdtrain.files import TEMPORARY_PREFIX, sync_folder, write_atomic
 from bdtrain.tracking.jsonl import last_attempt
 from bdtrain.tracking.run_files import (
@@ -107,6 +108,29 @@ def claim_run_folder(config: RunConfig, communicator: Communicator, lock: RunLoc
         known=known,
         note=found["note"],
     )
+
+
+def changed_since_last(folder: RunFolder, config: RunConfig, communicator: Communicator) -> list[list[Any]]:
+    """Free settings that the attempt before this one had otherwise; every rank calls this.
+
+    Args:
+        folder: from ``claim_run_folder``; ``begin_attempt`` has not been called.
+        config: the run.
+        communicator: all ranks.
+
+    Returns:
+        Key, value before, value now. A configuration that cannot be read counts as another one.
+    """
+
+    def compare() -> list[list[Any]]:
+        try:
+            before = load_config([folder.path / CONFIG_FILE]).config
+        except (BdtrainError, OSError, ValueError) as error:
+            return [[CONFIG_FILE, f"unreadable ({type(error).__name__})", "this configuration"]]
+        return [list(change) for change in changed_settings(before, config)]
+
+    changes: list[list[Any]] = on_first_rank(communicator, compare)
+    return changes
 
 
 def begin_attempt(folder: RunFolder, config: RunConfig, facts: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ from bdtrain.errors import BdtrainError, CheckpointError, ConfigError, NonFinite
 from bdtrain.parallel.groups import destroy_groups, host_group, init_groups
 from bdtrain.parallel.launch_environment import Launch
 from bdtrain.refit.backends import settle_placement
-from bdtrain.refit.snapshot import forget_later, snapshots_folder
+from bdtrain.refit.devices import check_devices
+from bdtrain.refit.snapshot import forget_later, set_aside, snapshots_folder
 from bdtrain.tracking.console import Console, format_count, format_seconds
 from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog, attempt_spans
@@ -33,6 +34,7 @@ from bdtrain.train.faults import Faults
 from bdtrain.train.folder import (
     RunFolder,
     begin_attempt,
+    changed_since_last,
     claim_run_folder,
     leave_unstarted,
     on_first_rank,
@@ -79,6 +81,7 @@ def train_from_config(
     """
     check_ranks(config, layout.world_size)
     settle_placement(config, on_gpus=torch.cuda.is_available())
+    check_devices(config, launch, environment, count=torch.cuda.device_count())
     faults = Faults.from_environment(environment, launch.rank)
     folder = Path(config.run.folder)
     lock = RunLock(folder, tell=console.line)
@@ -145,7 +148,7 @@ def start_attempt(
         clock = saved.state["goodput"]
         console.line(
             f"attempt {folder.attempt} continues at step {progress.step} from {found.newest.name}"
-            + "".join(f"\n  {key}: {before} -> {now}" for key, before, now in facts.get("changed", []))
+            f"{_changes(facts)}"
         )
     elif found.rejected and config.train.init_from is not None:
         raise CheckpointError(
@@ -153,11 +156,15 @@ def start_attempt(
             f"because there are some; move {folder.checkpoints} aside to begin anew from there"
         )
     elif folder.known is not None:
-        console.line(f"attempt {folder.attempt} begins anew: the run has no whole checkpoint")
+        facts["changed"] = changed_since_last(folder, config, communicator)
+        console.line(
+            f"attempt {folder.attempt} begins anew: the run has no whole checkpoint{_changes(facts)}"
+        )
     # The same run would come to the same weights; a changed one would take them for its own.
     changed = config.refit.replay == "live" or bool(facts.get("changed"))
-    # Read again below; here, because a history that is damaged must leave the books alone.
-    load_history(config, communicator)
+    if not changed or progress.step:
+        # Read again below; here, because a history that is damaged must leave the books alone.
+        load_history(config, communicator)
     metrics = open_books(
         config,
         parts,
@@ -210,6 +217,11 @@ def start_attempt(
     return trainer
 
 
+def _changes(facts: Mapping[str, Any]) -> str:
+    """Settings that changed, a line each."""
+    return "".join(f"\n  {key}: {before} -> {now}" for key, before, now in facts.get("changed", []))
+
+
 def hear_kernels(
     console: Console, metrics: MetricsLog | None, progress: Progress, *, device: torch.device
 ) -> AbstractContextManager[None]:
@@ -245,8 +257,8 @@ def open_books(
         folder: of the run.
         goodput: takes the time of earlier attempts.
         clock: what the checkpoint says of that time; None without one.
-        new_from: step from which the run is another one than before, so that later snapshots are not its own;
-            None where it repeats itself.
+        new_from: step from which the run is another one than before, so that later snapshots are not its own,
+            and at 0 no re-fit is; None where it repeats itself.
         stack: closes the file.
 
     Returns:
@@ -264,6 +276,12 @@ def open_books(
     def begin() -> None:
         # The clock of rank 0 is the run's; the other ranks' say how long they are at it themselves.
         goodput.add_earlier(clock, spans=attempt_spans(folder.path / METRICS_FILE))
+        # Before the configuration is replaced: an attempt that dies in between must see the change again.
+        aside = set_aside(folder.path, folder.attempt) if new_from == 0 else None
+        if aside is not None:
+            parts.console.line(
+                f"re-fits of earlier attempts are not this run's; they are in {aside.name} now"
+            )
         begin_attempt(folder, config, identity)
         clean_leftovers(folder.checkpoints)
         clean_leftovers(snapshots_folder(folder.path))

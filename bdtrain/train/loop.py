@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from bdtrain.config.layout import Layout
 from bdtrain.config.schema.validation import MAIN_SET
 from bdtrain.data.loader import Batch
 from bdtrain.errors import CheckpointError, NonFiniteError
+from bdtrain.files import append_line
 from bdtrain.tracking.console import format_seconds
 from bdtrain.tracking.goodput import Goodput
 from bdtrain.tracking.jsonl import MetricsLog
@@ -479,11 +479,3 @@ class Trainer:
             },
             "goodput": self.goodput.to_dict(),
         }
-
-
-def append_line(path: Path, text: str) -> None:
-    """Append a line; one that a crash tore gets an end first."""
-    with path.open("a+b") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-        torn = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * torn + text.encode() + b"\n")

@@ -7,7 +7,8 @@
    whatever the machine's speed, as long as re-fits come in time.
 3. The outcome is on disk before the first step that depends on it. A run that is continued reads it there.
 
-A re-fit that fails costs the run nothing: the plan stays, and the failure is told and counted.
+A re-fit that fails costs the run nothing: the plan stays, and the failure is told and counted. The one
+exception is ``RankError``: of several ranks that measure together, one cannot go on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from bdtrain.checkpoint.communicator import Communicator
 from bdtrain.config import RunConfig
 from bdtrain.diffusion.objectives.base import Objective
 from bdtrain.diffusion.plan import NoisePlan
-from bdtrain.errors import BdtrainError, RefitError
+from bdtrain.diffusion.tables import loss_scale
+from bdtrain.errors import BdtrainError, RankError, RefitError
 from bdtrain.refit.history import RefitOutcome, append_outcome
 from bdtrain.refit.job import is_at_work
 from bdtrain.refit.schedule_file import (
@@ -40,6 +42,9 @@ from bdtrain.train.refit_state import RefitState, load_history, search_metrics
 
 WARN_AFTER = 3
 """Re-fits in a row without a result before the run says so in words of its own."""
+
+TOLD_RESCALING = 0.05
+"""A plan that changes the scale of the loss by a larger share is worth a line."""
 
 WAIT_POLL_S = 0.2
 
@@ -203,6 +208,8 @@ class ScheduleRefit:
             else:
                 hooks.snapshot()
                 self._start(pending)
+        except RankError:
+            raise  # the other ranks are not here
         except (BdtrainError, OSError) as error:
             # Told when it would have taken effect: until then nothing changes.
             pending["problem"] = str(error)
@@ -233,8 +240,10 @@ class ScheduleRefit:
         self._child.start(os.environ)
 
     def _make_child(self, step: int) -> RefitChild:
-        folder, gpus = result_folder(self._run, step), self._settings.worker_gpus > 0
-        return RefitChild(self._run, step=step, folder=folder, gpus=gpus)
+        folder, settings = result_folder(self._run, step), self._settings
+        return RefitChild(
+            self._run, step=step, folder=folder, gpus=settings.worker_gpus > 0, devices=settings.devices
+        )
 
     @staticmethod
     def _forget_other(path: Path, digest: str) -> None:
@@ -282,6 +291,13 @@ class ScheduleRefit:
         state, hooks = self._state, self._hooks
         words = " (as before the restart)" if replayed else ""
         hooks.tell(f"re-fit of step {outcome.snapshot_step}: {outcome.outcome}{words}: {outcome.reason}")
+        rescaled = abs(outcome.loss_scale - 1.0) > TOLD_RESCALING
+        if rescaled:
+            hooks.tell(
+                f"from step {outcome.adopt_step} on the loss has {outcome.loss_scale:.3g} times its scale: "
+                f"the range is new, and diffusion.plan.weighting={outcome.plan.weighting}; gradient clipping "
+                "and Adam see a jump, weighting=reference keeps the scale"
+            )
         if state.failures_in_a_row == WARN_AFTER:
             log = result_folder(self._run, outcome.snapshot_step)
             hooks.tell(
@@ -295,6 +311,7 @@ class ScheduleRefit:
             reason=outcome.reason,
             version=outcome.version,
             replayed=replayed,
+            **({"loss_scale": outcome.loss_scale} if rescaled else {}),
         )
         assert self.plan is not None
         beta, omega = self.plan.interval
@@ -327,6 +344,12 @@ class ScheduleRefit:
             why = f"its schedule could not be looked for ({error.strerror or error})"
             outcome = replace(kept, reason=why)
         if self._child is not None:
+            asked = self._settings.gradient_variance and outcome.outcome in ("adopted", "kept")
+            if asked and "sched/gradient_variance" not in outcome.metrics and self._child.running:
+                self._hooks.tell(
+                    f"re-fit of step {outcome.snapshot_step}: its gradients were not done in time and are "
+                    "left out; give them a larger refit.lag_steps, or refit.wait=true"
+                )
             self._child.kill()
             self._child = None
         try:
@@ -366,6 +389,7 @@ class ScheduleRefit:
             version=self._state.version + 1,
             plan=decision.plan,
             metrics=search_metrics(folder / REPORT_FILE, decision.plan.block_size),
+            loss_scale=loss_scale(decision.plan) / loss_scale(kept.plan) if decision.adopt else 1.0,
         )
 
     def _wait(self, pending: Mapping[str, Any]) -> bool:
@@ -391,10 +415,12 @@ class ScheduleRefit:
             time.sleep(WAIT_POLL_S)
 
     def _is_coming(self, folder: Path) -> bool:
-        """Whether a schedule is not there and may still come: an earlier attempt's child counts, too."""
+        """Whether something is not there and may still come: an earlier attempt's child counts, too."""
         if self._child is None:
             return False
         try:
-            return not (folder / SCHEDULE_FILE).exists() and (self._child.running or is_at_work(folder))
+            # Gradients follow the schedule, from the same process.
+            missing = self._settings.gradient_variance or not (folder / SCHEDULE_FILE).exists()
+            return missing and (self._child.running or is_at_work(folder))
         except OSError:
             return False

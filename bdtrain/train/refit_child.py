@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bdtrain.refit.devices import VISIBLE, visible_devices
 from bdtrain.tracking.child import child_environment
 
 LOG_FILE = "log.txt"
@@ -25,12 +26,17 @@ class RefitChild:
         step: of the snapshot.
         folder: where its results and its log go.
         gpus: whether it may see the GPUs that the trainer sees; by default it sees none.
+        devices: GPUs that training leaves to it (``refit.devices``): it sees these, and measures there.
     """
 
-    def __init__(self, run: Path, *, step: int, folder: Path, gpus: bool = False) -> None:
-        self._log, self._gpus = folder / LOG_FILE, gpus
+    def __init__(
+        self, run: Path, *, step: int, folder: Path, gpus: bool = False, devices: Sequence[int] = ()
+    ) -> None:
+        self._log, self._gpus, self._devices = folder / LOG_FILE, gpus, devices
         # Settings are the snapshot's; one that is given here could leave another one without effect.
         self._words = ["--run", str(run), "--step", str(step), "--nice", str(NICE)]
+        if devices:
+            self._words += ["--device", "cuda"]
         self._process: subprocess.Popen[bytes] | None = None
         self._trouble = ""
 
@@ -40,6 +46,7 @@ class RefitChild:
         Args:
             environment: of the trainer; what names ranks is left out.
         """
+        shown = {VISIBLE: visible_devices(self._devices, environment)} if self._devices else None
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("wb") as log:
@@ -49,7 +56,7 @@ class RefitChild:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=child_environment(environment, gpus=self._gpus),
+                    env=child_environment(environment, shown, gpus=self._gpus),
                     start_new_session=True,
                 )
         except OSError as error:

@@ -11,7 +11,7 @@ from bdtrain.config import dump_resolved
 from bdtrain.diffusion.build import build_objective
 from bdtrain.diffusion.objectives.base import Objective
 from bdtrain.diffusion.plan import NoisePlan
-from bdtrain.refit.backends import settle_placement
+from bdtrain.refit.backends import settle_placement, training_share
 from bdtrain.refit.inline_backend import refit_inline
 from bdtrain.refit.request import make_request
 from bdtrain.refit.snapshot import write_snapshot
@@ -71,11 +71,16 @@ def make_refit(trainer: Trainer) -> ScheduleRefit:
 
     def expected() -> str:
         progress = trainer.progress
-        if not progress.train_seconds:
+        share = training_share(
+            config,
+            placement,
+            on_gpus=parts.device.type == "cuda",
+            ranks=trainer.layout.world_size,
+        )
+        if not progress.train_seconds or share is None:
             return ""
         request = make_request(config, snapshot="", rows=parts.evaluators[0].held_out.source.num_samples)
-        # A forward pass is a third of a step. Inline all ranks share it; a process is taken for one of them.
-        share = {"inline": trainer.layout.world_size, "ray": refit.workers}.get(placement, 1)
+        # A forward pass is a third of a step.
         rate = 3 * progress.tokens / progress.train_seconds / trainer.layout.world_size * share
         seconds = request.measured_sequences * config.data.seq_len / max(rate, 1e-9)
         return f", about {format_seconds(seconds)} of measuring"

@@ -15,6 +15,7 @@ from bdtrain.errors import RefitError
 from bdtrain.refit.history import RefitOutcome, read_history
 from bdtrain.refit.schedule_file import MAX_BYTES
 from bdtrain.refit.snapshot import refit_folder
+from bdtrain.tracking.refits import gradient_metrics
 
 _UNREADABLE = (
     OSError,
@@ -103,7 +104,8 @@ def search_metrics(report: Path, block_size: int) -> dict[str, float]:
     try:
         if report.stat().st_size > MAX_BYTES:
             return {}
-        found = json.loads(report.read_text(encoding="utf-8"))["results"][str(block_size)]
+        record = json.loads(report.read_text(encoding="utf-8"))
+        found = record["results"][str(block_size)]
         rows: Sequence[Mapping[str, Any]] = found["candidates"]
         current = next(row for row in rows if row["is_current"])
         winner = next(row for row in rows if row["name"] == found["winner"])
@@ -116,6 +118,7 @@ def search_metrics(report: Path, block_size: int) -> dict[str, float]:
             "sched/at_edge": float(bool(found["at_edge"])),
             "sched/nelbo": found["nelbo"],
             "sched/nelbo_error": found["nelbo_error"],
+            **gradient_metrics(record, block_size),
         }
         numbers = {name: float(value) for name, value in values.items() if value is not None}
     except _UNREADABLE:

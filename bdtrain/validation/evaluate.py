@@ -167,7 +167,11 @@ class SavedEvaluation:
 
 
 def load_saved(
-    folder: Path, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    groups: Any = None,
 ) -> tuple[SavedModel, TwoStreamTransformer]:
     """Verify a model folder and build its model in this process.
 
@@ -175,13 +179,15 @@ def load_saved(
         folder: a model folder or a training checkpoint.
         device: where the model is to be; a GPU if there is one, if None.
         dtype: type of its parameters.
+        groups: process groups that share the model, of which this process builds its part; all of it is
+            here if None.
 
     Raises:
         CheckpointError: if the folder is damaged or its weights do not fit.
     """
     saved = open_model(folder)
     prepare_deepspeed()
-    groups = init_groups()
+    groups = groups or init_groups()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(
         saved.config.model,

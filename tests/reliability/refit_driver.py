@@ -31,7 +31,8 @@ class FakeRequest:
     Attributes:
         shards: number of them.
         notes: folder where workers leave what they see.
-        faults: by shard: ``raise``, ``die``, ``die once``, ``stop``.
+        faults: by shard: ``raise``, ``die``, ``die once``, ``stop``; a worker of two processes knows ``die
+            once``, of its second one, and ``hold``, until there is a file ``go``.
         wait_s: seconds that a shard takes.
     """
 
@@ -73,6 +74,38 @@ class FakeWorker:
         return {size: shard_records(shard, size) for size in BLOCK_SIZES}
 
 
+class SharedWorker:
+    """A worker of two processes or more that really meet: each has some of the numbers, gloo adds them up."""
+
+    def __init__(self, request: dict[str, Any], launch: Any, listener: int | None) -> None:
+        import torch.distributed as dist
+
+        from bdtrain.parallel.groups import init_process_group, private_store
+
+        self.request, self.launch, self.dist = request, launch, dist
+        init_process_group(launch, store=private_store(launch, listener))
+
+    def measure(self, shard: int) -> dict[int, BlockRecords]:
+        import torch
+
+        path = Path(self.request["notes"]) / f"shard-{shard}-{self.launch.rank}"
+        with path.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        fault = self.request["faults"].get(str(shard))
+        if fault == "die once" and self.launch.rank == 1 and len(path.read_text().splitlines()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while fault == "hold" and not path.with_name("go").exists():
+            time.sleep(0.02)
+        records = {}
+        for size in BLOCK_SIZES:
+            whole = shard_records(shard, size)
+            mine = np.arange(BLOCKS) % self.launch.world_size == self.launch.rank
+            losses = torch.from_numpy(np.where(mine, whole.nll, 0.0))
+            self.dist.all_reduce(losses)
+            records[size] = BlockRecords(whole.sequence, whole.maskable, whole.masked, losses.numpy())
+        return records
+
+
 def shard_records(shard: int, block_size: int) -> BlockRecords:
     """What a worker returns for a shard."""
     rows = np.arange(shard * BLOCKS, (shard + 1) * BLOCKS)
@@ -98,7 +131,7 @@ def main(plan: Path) -> int:
                 deadline_s=deadline_s,
                 quorum=job["quorum"],
                 log=lambda line: print(line, flush=True),
-                worker="refit_driver:FakeWorker",
+                worker=f"refit_driver:{job.get('worker', 'FakeWorker')}",
             )
         except BdtrainError as error:
             return report_failure(error)

@@ -279,6 +279,28 @@ def test_a_run_killed_around_a_snapshot_and_an_adoption_has_the_uninterrupted_bi
     assert replayed.count(True) == 1
 
 
+def test_a_run_begun_anew_with_other_settings_uses_nothing_of_the_attempt_before(runs: Runs) -> None:
+    """Its first attempt had an adoption, and the snapshot of a re-fit at work, but no checkpoint yet."""
+    settings = (*REFIT, *PROCESS, "checkpoint.every_steps=50")
+    kill_by_fault(runs.job("begun otherwise", *settings, "optim.lr=0.02"), "0:11:data:kill")
+    job = runs.job("begun otherwise", *settings)
+    other = history(job.folder)
+    assert other[0]["outcome"] == "adopted"
+    finish(job)
+    assert starts(job.folder) == [0, 0]
+    assert differences(job.folder, runs.process) == [] and history(job.folder) == history(runs.process)
+    for step in SNAPSHOTS:
+        assert schedule(job.folder, step) == schedule(runs.process, step)
+    assert not any(
+        event["replayed"] for event in read_events(job.folder / "metrics.jsonl") if event["event"] == "refit"
+    )
+    assert "optim.lr: 0.02 -> 0.003" in console(job)
+    # What was found then is still there to be looked at.
+    aside = job.folder / "refit-before-attempt-2"
+    assert [json.loads(line) for line in (aside / "history.jsonl").read_text().splitlines()] == other
+    assert (aside / "step-000000005" / "report.json").exists() and not (aside / "snapshots").exists()
+
+
 FAULTS = {
     2: "killed",
     4: "missing",
@@ -420,7 +442,8 @@ def test_a_watcher_of_the_run_serves_it_in_time(runs: Runs) -> None:
             wait_for(answer.exists, f"schedule of step {step}: {(runs.folder / log).read_text()[-1000:]}")
             wait_for(lambda: _state(attempt.ranks[0].pid) == "T", "stop of the trainer")
             os.kill(attempt.ranks[0].pid, signal.SIGCONT)
-        assert attempt.wait(120) == [0], attempt.output()
+        # Counted from its start, and each of the two answers had a time of its own.
+        assert attempt.wait(360) == [0], attempt.output()
     assert watcher.wait() == 0
     assert history(job.folder) == history(runs.process)
     assert learned(job.folder) == learned(runs.process)

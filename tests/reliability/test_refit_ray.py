@@ -36,7 +36,7 @@ def place():
 def driver(folder, place, *jobs, **environment):
     folder.mkdir(exist_ok=True)
     for job in jobs:
-        job.setdefault("settings", {}).update(num_workers=2)
+        job.setdefault("settings", {}).setdefault("num_workers", 2)
     plan = folder / "plan.json"
     plan.write_text(json.dumps(jobs))
     ranks = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "192.0.2.9", "SLURM_PROCID": "3"}
@@ -72,6 +72,16 @@ def measuring(folder, shards=1):
     return len(list(folder.glob("shard-*"))) >= shards
 
 
+def listening(run):
+    """Process and address of all sockets on which the run listens."""
+    pids = set(run.processes())
+    return [
+        (connection.pid, connection.laddr.ip)
+        for connection in psutil.net_connections("tcp")
+        if connection.pid in pids and connection.status == psutil.CONN_LISTEN
+    ]
+
+
 def attempts(folder, shard):
     return (folder / f"shard-{shard}").read_text().splitlines()
 
@@ -93,15 +103,10 @@ def test_a_killed_worker_a_failing_shard_and_a_stopped_worker_cost_only_what_the
     ) as run:
         # Sockets, as another library reads them, while workers are at it.
         assert wait_until(lambda: measuring(tmp_path, 3), LIMIT_S), run.text()
-        pids = set(run.processes())
-        sockets = [
-            connection.laddr
-            for connection in psutil.net_connections("tcp")
-            if connection.pid in pids and connection.status == psutil.CONN_LISTEN
-        ]
+        sockets = listening(run)
         names = " ".join(run.processes().values())
         assert "gcs_server" in names and "raylet" in names and len(sockets) >= 5
-        assert {address.ip for address in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        assert {ip for _, ip in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         assert run.wait(LIMIT_S) == 0, run.text()
         check_gone(run, place)
 
@@ -130,6 +135,32 @@ def test_a_killed_worker_a_failing_shard_and_a_stopped_worker_cost_only_what_the
     spent = second["seconds"]["start_s"] + second["seconds"]["measure_s"]
     assert second["deadline_s"] - 1 < spent < second["deadline_s"] + 5
     assert second["wall_s"] < spent + 45
+
+
+def test_processes_that_share_a_model_meet_on_loopback_and_are_replaced_together(tmp_path, place):
+    shared = {
+        "worker": "SharedWorker",
+        "request": {"shards": 6, "faults": {"2": "die once", "3": "hold"}},
+        "settings": {"num_workers": 1, "tp": 2},
+        "quorum": 1.0,
+        "deadline_s": ENOUGH_S,
+    }
+    with driver(tmp_path, place, shared) as run:
+        # The worker after the one that died: its processes have met, and listen.
+        held = tmp_path / "shard-3-1"
+        assert wait_until(lambda: held.exists() or run.process.poll() is not None, LIMIT_S), run.text()
+        assert held.exists(), run.text()
+        sockets = listening(run)
+        (tmp_path / "go").touch()
+        assert run.wait(LIMIT_S) == 0, run.text()
+        check_gone(run, place)
+    check_records(tmp_path / "result-0.npz", range(6))
+    pids = {rank: attempts(tmp_path, f"2-{rank}") for rank in (0, 1)}
+    assert all(len(set(found)) == 2 for found in pids.values())
+    assert attempts(tmp_path, "5-0") == pids[0][1:] and attempts(tmp_path, "5-1") == pids[1][1:]
+    assert {int(found[1]) for found in pids.values()} <= {pid for pid, _ in sockets}
+    assert {ip for _, ip in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert "shard 2, attempt 1 of 3 failed: the worker died (ActorDiedError)" in run.text()
 
 
 def test_two_shards_that_always_kill_their_worker_miss_the_quorum_by_name(tmp_path, place):
@@ -200,7 +231,7 @@ def test_a_cluster_is_joined_with_its_token_only_and_says_when_it_has_no_room(tm
         assert head.process.poll() is None, head.text()
         with (
             driver(
-                tmp_path / "joins", place, job(), job(cpus_per_worker=3.0, placement_s=3.0), **private
+                tmp_path / "joins", place, job(), job(tp=2, cpus_per_worker=2.0, placement_s=3.0), **private
             ) as run,
             driver(
                 tmp_path / "refused",
@@ -213,7 +244,8 @@ def test_a_cluster_is_joined_with_its_token_only_and_says_when_it_has_no_room(tm
             assert run.wait(LIMIT_S) == 8
         assert head.process.poll() is None
     check_records(tmp_path / "joins" / "result-0.npz", range(4))
-    assert "one needs 3 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs" in run.text()
+    # There is room for one of its two processes.
+    assert "one needs 2 processes at once, each of 2 CPUs and 0 GPUs, the cluster has 2 CPUs" in run.text()
     assert not (tmp_path / "joins" / "result-1.npz").exists()
     assert "did not let this process in within 8 s: it wants another token" in refused.text()
     assert "a" * 64 not in run.text() and "b" * 64 not in refused.text()

@@ -53,7 +53,8 @@ class PlanConfig(Section):
         "elbo",
         unit=NO_UNIT,
         description="Weight of the loss: elbo restricts the bound to the range, reference is the published "
-        "code's 1/t, flat is 1.",
+        "code's 1/t, flat is 1. Where re-fits change the range, elbo scales loss and gradient with its "
+        "width; reference keeps their scale.",
     )
     resample: bool = setting(
         False,

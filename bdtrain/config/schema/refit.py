@@ -11,6 +11,9 @@ from bdtrain.config.schema.fields import NO_UNIT, Int, Section, as_tuple, settin
 Widths = Annotated[tuple[float, ...], BeforeValidator(as_tuple, json_schema_input_type=tuple[float, ...])]
 """Some numbers, written as a list."""
 
+Devices = Annotated[tuple[Int, ...], BeforeValidator(as_tuple, json_schema_input_type=tuple[int, ...])]
+"""Numbers of GPUs, written as a list."""
+
 
 def _off(value: object) -> object:
     """YAML reads the word ``off`` as false."""
@@ -56,7 +59,14 @@ class RefitConfig(Section):
         unit=NO_UNIT,
         description="Where it runs: inline on the training ranks between two steps; process, one more "
         "process beside rank 0; ray, tasks on Ray; external, somebody else's (refit_schedule.py --watch). "
-        "auto: ray where ray_address names a cluster, else inline on GPUs, else process.",
+        "auto: ray where ray_address names a cluster, process where devices are named, else inline on GPUs, "
+        "else process.",
+    )
+    devices: Devices = setting(
+        (),
+        unit="GPU numbers",
+        description="GPUs of rank 0's machine that training does not use and a process measures on, as "
+        "training counts them; under the deepspeed launcher as the machine does. None measures on CPUs.",
     )
     ray_address: str = setting(
         "local",
@@ -65,7 +75,16 @@ class RefitConfig(Section):
         "one; or host:port.",
         min_length=1,
     )
-    workers: Int = setting(1, unit="processes", description="Ray processes that measure at a time.", ge=1)
+    workers: Int = setting(
+        1, unit="workers", description="Workers on Ray, each with a model, that measure at a time.", ge=1
+    )
+    worker_tp: Int = setting(
+        1,
+        unit="processes",
+        description="Ray processes of a worker, which share each layer of its model (as parallel.tp): for a "
+        "model that one of them has no room for.",
+        ge=1,
+    )
     worker_cpus: Int = setting(
         1, unit="CPUs", description="CPUs, and threads, of a process of the re-fit.", ge=1
     )

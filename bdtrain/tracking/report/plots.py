@@ -26,7 +26,10 @@ class _Scale:
 
     def __init__(self, plot: Plot) -> None:
         across = [x for series in plot.series for x, _, _ in series.points] + [spot.x for spot in plot.spots]
+        across += [edge for series in plot.series for edge in series.edges]
         self.begin, self.end = min(0.0, *across, 0.0), max([*across, 0.0])
+        if plot.series and not any(series.joined for series in plot.series):
+            self.begin, self.end = _span(across)
         if self.end <= self.begin:
             self.end = self.begin + 1.0
         self.log = plot.log
@@ -42,8 +45,7 @@ class _Scale:
         low, high = min(found), max(found)
         if self.log:
             return low / 1.15, high * 1.15
-        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        return (0.0 if 0 <= low < 0.35 * high else low - margin), high + margin
+        return _span(found)
 
     def across(self, x: float) -> float:
         """Pixel of a horizontal place."""
@@ -68,6 +70,13 @@ class _Scale:
         return [tick for tick in ticks if self.low <= tick <= self.high]
 
 
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """From the least to the largest with some room, or from 0 where that is near."""
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return (0.0 if 0 <= low < 0.35 * high else low - margin), high + margin
+
+
 def draw_plot(plot: Plot) -> str:
     """One figure of HTML.
 
@@ -77,7 +86,7 @@ def draw_plot(plot: Plot) -> str:
     scale = _Scale(plot)
     parts = [_grid(plot, scale)]
     for number, (name, value, error) in enumerate(plot.levels):
-        parts.append(_level(scale, name, value, error, number))
+        parts.append(_level(scale, "" if _binned(plot) else name, value, error, number))
     for position, series in enumerate(plot.series):
         parts.append(_series(scale, series, position))
     for spot in plot.spots:
@@ -110,6 +119,7 @@ def standalone(plot: Plot) -> str:
         for number, name in enumerate(names)
     )
     rows = [
+        *(f"dashed: {name}" for name, _, _ in plot.levels if _binned(plot)),
         *(f"{SPOT_NAMES.get(spot.kind, spot.kind)}: {short_name(spot.name)}" for spot in plot.spots),
         *plot.notes,
     ]
@@ -147,6 +157,7 @@ def _grid(plot: Plot, scale: _Scale) -> str:
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="y" x="{LEFT - 6}" y="{y + 4:.1f}">{format_tick(row, rows)}</text>')
     columns = make_ticks(scale.begin, scale.end, 6)
+    columns = [column for column in columns if not plot.whole or column == round(column)]
     for column in columns:
         x = scale.across(column)
         parts.append(
@@ -178,6 +189,8 @@ def _level(scale: _Scale, name: str, value: float, error: float | None, number: 
 
 def _series(scale: _Scale, series: Series, position: int) -> str:
     points = series.points[:MAX_SERIES_POINTS]
+    if series.edges:
+        return _steps(scale, series, position)
     places = [(scale.across(x), scale.down(y)) for x, y, _ in points]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     bars = "".join(
@@ -185,12 +198,33 @@ def _series(scale: _Scale, series: Series, position: int) -> str:
         for (x, _), (_, value, error) in zip(places, points, strict=True)
         if error
     )
+    names = series.names or (series.name,) * len(points)
     dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"><title>{escape(series.name)}, {begin:.4g}: '
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"><title>{escape(name)}, {begin:.4g}: '
         f"{_with_error(value, error)}</title></circle>"
-        for (x, y), (begin, value, error) in zip(places, points, strict=True)
+        for name, (x, y), (begin, value, error) in zip(names, places, points, strict=False)
     )
-    return f'<g class="series s{position % COLOURS}"><polyline points="{line}"/>{bars}{dots}</g>'
+    line = f'<polyline points="{line}"/>' if series.joined else ""
+    return f'<g class="series s{position % COLOURS}">{line}{bars}{dots}</g>'
+
+
+def _steps(scale: _Scale, series: Series, position: int) -> str:
+    """A level over each bin; what it says lies on a wider line that is not seen."""
+    line, bins = [], []
+    for (_, value, error), low, high in zip(series.points, series.edges, series.edges[1:], strict=False):
+        left, right, y = scale.across(low), scale.across(high), scale.down(value)
+        line += [f"{left:.1f},{y:.1f}", f"{right:.1f},{y:.1f}"]
+        counts = f"{math.ceil(low)} to {math.floor(high)}" if high - low > 1 else f"{(low + high) / 2:g}"
+        bins.append(
+            f'<path class="bin" d="M{left:.1f} {y:.1f}H{right:.1f}"><title>{escape(series.name)}, {counts}: '
+            f"{_with_error(value, error)}</title></path>"
+        )
+    return f'<g class="series s{position % COLOURS}"><polyline points="{" ".join(line)}"/>{"".join(bins)}</g>'
+
+
+def _binned(plot: Plot) -> bool:
+    """Whether levels are named below the picture: over bins there is no room for words."""
+    return any(series.edges for series in plot.series)
 
 
 def _legend(plot: Plot) -> str:
@@ -203,6 +237,8 @@ def _legend(plot: Plot) -> str:
     named: dict[str, Sequence[str]] = {}
     for spot in plot.spots:
         named[spot.kind] = [spot.name]
+    if _binned(plot):
+        entries += [f'<span><i class="dashes"></i>{escape(name)}</span>' for name, _, _ in plot.levels]
     for kind, names in named.items():
         words = f"{SPOT_NAMES.get(kind, kind)}: {escape(short_name(names[0]))}"
         entries.append(f'<span><i class="ring-{escape(kind)}"></i>{words}</span>')

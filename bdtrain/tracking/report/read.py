@@ -10,10 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bdtrain.errors import ConfigError
-from bdtrain.tracking.json_files import number, parse_json, read_json, read_tail, read_text, section
+from bdtrain.tracking.json_files import (
+    number,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_tail,
+    read_text,
+    section,
+)
 from bdtrain.tracking.report.columns import Metrics, read_columns
 from bdtrain.tracking.run_files import (
     CHECKPOINTS,
@@ -84,7 +90,7 @@ def read_run(folder: Path) -> Run:
         )
     run = Run(folder, read_columns(folder / METRICS_FILE))
     run.config_text = read_text(folder / CONFIG_FILE)
-    run.config = _read_yaml(run.config_text)
+    run.config = parse_yaml(run.config_text)
     run.facts, run.summary = read_json(folder / RUN_FILE), read_json(folder / SUMMARY_FILE)
     run.exit = read_json(folder / EXIT_FILE)
     if run.exit.get("reason") != "finished":
@@ -103,15 +109,6 @@ def utc(seconds: float) -> time.struct_time:
         return time.gmtime(seconds)
     except (OverflowError, ValueError, OSError):
         return time.gmtime(0)
-
-
-def _read_yaml(text: str) -> dict[str, Any]:
-    try:
-        # The C parser is ten times faster; the config alone would else take most of a report's time.
-        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _names(folder: Path, pattern: str) -> list[str]:

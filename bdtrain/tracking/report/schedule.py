@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bdtrain.tracking.names import find_metric
-from bdtrain.tracking.refits import NO_RESULT, Plot, Refit, describe_plan, list_plots
+from bdtrain.tracking.refits import NO_RESULT, Plot, Refit, describe_plan
 from bdtrain.tracking.report.curves import (
     BOTTOM,
     HEIGHT,
@@ -24,6 +24,7 @@ from bdtrain.tracking.report.curves import (
 )
 from bdtrain.tracking.report.plots import draw_plot
 from bdtrain.tracking.report.read import Run, number, section
+from bdtrain.tracking.report.refit_plots import list_plots, show_correlation
 from bdtrain.tracking.report.style import escape
 
 DRAWN_REFITS = 3
@@ -104,9 +105,12 @@ def _row(refit: Refit) -> str:
     why = refit.reason
     if refit.outcome == "pending":
         why = "not settled: the run has not reached the step at which its plan is due"
+    if correlation := _correlation(refit):
+        why = f"{why} Variances of loss and gradient: correlation {correlation}."
     return (
         f'<tr class="{kind} first">{body}</tr>'
-        f'<tr class="{kind}"><td></td><td class="why" colspan="{len(cells) - 1}">{escape(why)}</td></tr>'
+        f'<tr class="{kind}"><td class="why" colspan="{len(cells)}">'
+        f"<div>{escape(why)}</div></td></tr>"
     )
 
 
@@ -131,10 +135,17 @@ def _edges(refit: Refit) -> str:
     return "yes" if number(refit.metrics, "sched/at_edge") else ""
 
 
+def _correlation(refit: Refit) -> str:
+    found = (show_correlation(gradients, "pearson") for gradients in refit.gradients.values())
+    return next((words for words in found if words), "")
+
+
 def _meanings(refits: Sequence[Refit]) -> list[str]:
     words = ["After &plusmn;: one standard error. P(best): share of bootstrap draws."]
     if any(_edges(refit) for refit in refits):
         words.append("A best plan at an edge of the grid: a better one may lie outside.")
+    if any(_correlation(refit) for refit in refits):
+        words.append("Correlation: over the plans of the search; the gradient is the last layer's.")
     return words
 
 
@@ -146,10 +157,15 @@ def _pictures(refits: Sequence[Refit]) -> str:
         if not plots:
             continue
         figures = "".join(draw_plot(plot) for plot in plots)
+        problems = "".join(
+            f'<p class="note">Gradients, block size {size}: {escape(gradients["error"])}</p>'
+            for size, gradients in refit.gradients.items()
+            if gradients.get("error")
+        )
         opened = " open" * (not shown)
         shown.append(
             f"<details{opened}><summary>re-fit of step {refit.step:,} ({escape(refit.outcome)})</summary>"
-            f'<div class="curves">{figures}</div></details>'
+            f'<div class="curves">{figures}</div>{problems}</details>'
         )
         if len(shown) == DRAWN_REFITS:
             break

@@ -37,6 +37,7 @@ svg.plot { display: block; }
 svg .series polyline { fill: none; stroke: var(--own); stroke-width: 1.4; stroke-linejoin: round; }
 svg .series path { stroke: var(--own); stroke-width: 1.2; opacity: .75; }
 svg .series circle { fill: var(--own); }
+svg .series .bin { stroke: transparent; stroke-width: 9; }
 svg .band { fill: var(--level); opacity: .14; }
 svg .spot-current { fill: none; stroke: var(--ink); stroke-width: 1.6; }
 svg .spot-winner { fill: none; stroke: var(--good); stroke-width: 3; }
@@ -117,14 +118,18 @@ svg { display: none; width: 100%; height: auto; touch-action: pan-y; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
 figure .legend { font-size: 13px; color: var(--soft); margin: 2px 0; gap: 0 14px; }
 .legend i.s0, .legend i.s1, .legend i.s2, .legend i.s3, .legend i.s4, .legend i.s5 { background: var(--own); }
+.legend i.dashes { background: none; height: 0; width: 16px; border-top: 2px dashed var(--level);
+  border-radius: 0; vertical-align: middle; }
 .legend i.ring-current, .legend i.ring-winner { border-radius: 50%; border: 2px solid var(--ink); }
 .legend i.ring-winner { border-color: var(--good); border-width: 3px; }
 table.refits { font-size: 14px; }
 table.refits td, table.refits th { padding-right: 14px; }
 table.refits tr.first { border-bottom: 0; }
 table.refits td.w { white-space: nowrap; }
-table.refits td.why { font-size: 13px; color: var(--soft); padding-top: 0; white-space: normal; }
+table.refits td.why { font-size: 13px; color: var(--soft); padding: 0 0 4px 44px; white-space: normal; }
 table.refits tr.fault td.why { color: var(--bad); }
+/* Where the table is wider than the screen: in sight wherever it is moved to. */
+table.refits td.why div { position: sticky; left: 0; max-width: calc(100vw - 32px); }
 .a-training { background: var(--curve); } .a-setup { background: #8a93a0; }
 .a-data_wait { background: #c9a227; }
 .a-validation { background: #4f9d8f; } .a-checkpoint { background: #9a78c2; }
@@ -141,6 +146,8 @@ summary { cursor: pointer; }
   .compare { grid-template-columns: 1fr max-content; }
   .compare > span { grid-column: 1 / -1; margin-bottom: -6px; }
   svg text { font-size: 14px; }
+  table.refits td { white-space: nowrap; }
+  table.refits td.why { padding-left: 0; }
 }
 """
 )

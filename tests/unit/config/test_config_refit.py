@@ -15,6 +15,9 @@ train: {steps: 20, global_batch_size: 8}
 """
 
 
+ON_RAY = ["refit.mode=clip", "refit.placement=ray"]
+
+
 @pytest.fixture
 def load(tmp_path):
     path = tmp_path / "run.yaml"
@@ -45,6 +48,26 @@ def test_what_the_paper_does_can_be_asked_for(load):
     assert refit.widths == (0.5, 0.6, 0.7, 0.8, 0.9) and refit.start_step == 0.05
 
 
+def test_one_number_is_no_list(load):
+    assert 'refit.devices=7; it must be a list, written "refit.devices=[A]" or [A,B]' in refusal(
+        load, "refit.devices=7"
+    )
+    assert "refit.widths=0.5; it must be a list, written" in refusal(load, "refit.widths=0.5")
+
+
+def test_what_fits_is_taken(load):
+    refit = load(*ON_RAY, "refit.worker_tp=2", "refit.worker_gpus=1", "refit.workers=3").refit
+    assert (refit.worker_tp, refit.workers, refit.worker_gpus) == (2, 3, 1.0)
+    assert load("refit.mode=clip", "refit.ray_address=auto", "refit.worker_tp=2").refit.worker_tp == 2
+    for placement in ("auto", "process"):
+        refit = load("refit.mode=clip", "refit.devices=[6, 7]", f"refit.placement={placement}").refit
+        assert refit.devices == (6, 7)
+    # A process with GPUs of its own has the weights of all ranks.
+    stage_3 = ["refit.gradient_variance=true", "parallel.zero_stage=3"]
+    assert load("refit.mode=clip", "refit.devices=[7]", *stage_3).refit.gradient_variance
+    assert "parallel.zero_stage=3" in refusal(load, "refit.mode=clip", *stage_3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -71,6 +94,38 @@ def test_what_the_paper_does_can_be_asked_for(load):
         ),
         (["refit.mode=clip", "refit.worker_gpus=1", "refit.placement=process"], "GPUs are reserved by Ray"),
         (["refit.mode=clip", "refit.worker_gpus=0.5", "refit.placement=inline"], "GPUs are reserved by Ray"),
+        (
+            ["refit.mode=clip", "refit.worker_tp=2"],
+            "refit.worker_tp=2 with refit.placement=auto; only workers",
+        ),
+        (["refit.mode=clip", "refit.worker_tp=2", "refit.placement=inline"], "only workers on Ray share"),
+        (
+            [*ON_RAY, "refit.worker_tp=3"],
+            "refit.worker_tp=3 cuts the model as parallel.tp: tp=3 does not divide num_heads=4",
+        ),
+        ([*ON_RAY, "refit.worker_tp=4"], "tp=4 does not divide num_kv_heads=2"),
+        (
+            [*ON_RAY, "refit.worker_tp=2", "data.synthetic_vocab_size=31", "model.vocab_multiple=1"],
+            "tp=2 does not divide the padded vocabulary of 31",
+        ),
+        ([*ON_RAY, "refit.worker_tp=2", "refit.worker_gpus=0.5"], "have a GPU each: use 1, or 0 for CPUs"),
+        ([*ON_RAY, "refit.worker_tp=2", "refit.gradient_variance=true"], "which needs the whole model"),
+        (
+            [*ON_RAY, "refit.devices=[3]"],
+            "refit.devices=[3] with refit.placement=ray; they are for a process",
+        ),
+        (["refit.mode=clip", "refit.devices=[3]", "refit.placement=inline"], "with refit.placement=inline"),
+        (["refit.mode=clip", "refit.devices=[3]", "refit.placement=external"], "use placement=process"),
+        (
+            ["refit.mode=clip", "refit.devices=[3]", "refit.ray_address=head:6379"],
+            "with refit.placement=auto, which takes the cluster of refit.ray_address=head:6379",
+        ),
+        (["refit.mode=clip", "refit.devices=[3,4,3]"], "give the number of each GPU once"),
+        (["refit.mode=clip", "refit.devices=[-1]"], "give the number of each GPU once, 0 or more"),
+        (["refit.mode=clip", "refit.devices=[3]", "refit.worker_gpus=1"], "GPUs are reserved by Ray"),
+        # What auto comes to is judged as if it were said.
+        (["refit.mode=clip", "refit.devices=[3]", "refit.lag_steps=0"], "would always come too late"),
+        (["refit.mode=clip", "refit.ray_address=auto", "refit.lag_steps=0"], "would always come too late"),
     ],
 )
 def test_what_cannot_be_done_is_refused(load, overrides, said):
@@ -92,6 +147,9 @@ def test_what_cannot_be_done_is_refused(load, overrides, said):
         "refit.uniform_share=0",
         "refit.start_step=0.6",
         "refit.workers=0",
+        "refit.worker_tp=0",
+        "refit.devices=7",
+        "refit.devices=[0.5]",
         "refit.worker_cpus=0",
         "refit.worker_gpus=-1",
         "refit.mode=always",
@@ -117,10 +175,30 @@ def test_values_out_of_range_are_refused_by_their_key(load, override):
         (["refit.mode=clip", "refit.placement=external", "refit.worker_cpus=2"], "refit.worker_cpus"),
         (["refit.mode=clip", "refit.placement=inline", "refit.wait=true"], "refit.wait"),
         (["refit.mode=clip", "refit.placement=inline", "refit.deadline_s=5"], "refit.deadline_s"),
+        # auto never takes Ray where no cluster is named, nor threads where it has GPUs.
+        (["refit.mode=clip", "refit.workers=2"], "refit.workers"),
+        (["refit.mode=clip", "refit.quorum=0.5"], "refit.quorum"),
+        (["refit.mode=clip", "refit.devices=[3]", "refit.quorum=0.5"], "refit.quorum"),
+        (["refit.mode=clip", "refit.devices=[3]", "refit.worker_cpus=2"], "refit.worker_cpus"),
     ],
 )
 def test_a_setting_without_effect_is_refused(load, overrides, ignored):
     assert f"{ignored} would be ignored" in refusal(load, *overrides)
+
+
+def test_auto_keeps_what_it_may_come_to_use(load):
+    for override in (
+        "refit.worker_cpus=2",
+        "refit.wait=true",
+        "refit.deadline_s=5",
+        "refit.ray_address=local",
+    ):
+        load("refit.mode=clip", override)
+    refit = load("refit.mode=clip", "refit.ray_address=auto", "refit.workers=2", "refit.quorum=0.5").refit
+    assert (refit.workers, refit.quorum) == (2, 0.5)
+    load("refit.mode=clip", "refit.devices=[3]", "refit.ray_address=local")
+    said = refusal(load, "refit.mode=clip", "refit.workers=2")
+    assert "refit.placement is auto, and refit.ray_address names no cluster" in said
 
 
 def test_the_resolved_configuration_of_a_run_serves_its_re_fits(load, tmp_path):
@@ -130,7 +208,9 @@ def test_the_resolved_configuration_of_a_run_serves_its_re_fits(load, tmp_path):
     path = tmp_path / "resolved.yaml"
     for overrides in (
         ["refit.mode=clip"],
-        ["refit.mode=clip", "refit.workers=2", "refit.quorum=0.5"],
+        ["refit.mode=clip", "refit.ray_address=auto", "refit.workers=2", "refit.quorum=0.5"],
+        ["refit.mode=clip", "refit.placement=ray", "refit.worker_tp=2"],
+        ["refit.mode=clip", "refit.devices=[2,5]"],
         ["refit.mode=clip", "refit.placement=process", "refit.wait=true"],
         ["refit.mode=counts", "refit.uniform_share=0.1", "refit.placement=external"],
     ):

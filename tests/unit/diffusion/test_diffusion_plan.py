@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+import bdtrain.diffusion.tables as module
 from bdtrain.diffusion.plan import NoisePlan, evaluation_plan, full_masking_plan
-from bdtrain.diffusion.tables import compile_tables
+from bdtrain.diffusion.tables import compile_tables, loss_scale
 from bdtrain.errors import ConfigError
 
 RANGES = [None, (0.0, 0.5), (0.3, 0.8), (0.45, 0.95), (0.5, 1.0), (0.001, 1.0)]
@@ -158,6 +159,41 @@ def test_resampling_conditions_each_time_on_feasible_counts(clip_range, weightin
         np.testing.assert_allclose(tables.coefficient(n), (pmf * w).mean(1)[1:], rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("clip_range", [(0.3, 0.8), (0.0, 0.5)])
+def test_resampled_rows_of_long_blocks_keep_their_precision_to_the_last_count(clip_range):
+    low, high = clip_range
+    plan = NoisePlan(300, clip_range=clip_range, resample=True)
+    tables = compile_tables(plan)
+    # 400 panels of 6 nodes, against one rule over the whole range; binomials from whole numbers.
+    edges = np.linspace(low, high, 401)
+    nodes, weights = np.polynomial.legendre.leggauss(6)
+    t = ((edges[:-1] + edges[1:])[:, None] / 2 + (high - low) / 800 * nodes).ravel()
+    share = np.tile(weights, 400) / 800
+    for n in (97, 300):
+        counts = np.arange(math.ceil(low * n), math.floor(high * n + 1e-9) + 1)
+        pmf = np.array([math.comb(n, k) * t**k * (1 - t) ** (n - k) for k in counts])
+        pmf /= pmf.sum(0)
+        drawn, coefficient = pmf @ share, pmf @ (share * (high - low) / t)
+        drawn, coefficient, counts = drawn[counts > 0], coefficient[counts > 0], counts[counts > 0]
+        found = tables.coefficient(n)[counts - 1]
+        np.testing.assert_allclose(found, coefficient, rtol=1e-11, atol=0)
+        np.testing.assert_allclose(
+            tables.weight(n)[counts - 1], coefficient / drawn * drawn.sum(), rtol=1e-11
+        )
+        np.testing.assert_allclose(tables.probability(n)[counts - 1], drawn / drawn.sum(), atol=1e-13)
+
+
+def test_a_resampled_plan_of_a_long_block_needs_no_binomial_of_its_own_for_each_length(monkeypatch):
+    """Each costs 256 exponentials a count: at 1,024 tokens they were 99% of 7 s."""
+    asked = []
+    binomial = module.binomial_chances
+    monkeypatch.setattr(module, "binomial_chances", lambda n, p: asked.append(n) or binomial(n, p))
+    compile_tables(NoisePlan(64, clip_range=(0.3, 0.8)))
+    plain = list(asked)
+    compile_tables(NoisePlan(64, clip_range=(0.3, 0.8), resample=True))
+    assert asked[len(plain) :] == plain
+
+
 def test_a_short_block_without_a_feasible_count_takes_the_plain_plan():
     clip_range = (0.3, 0.8)
     resampled = compile_tables(NoisePlan(4, clip_range=clip_range, resample=True))
@@ -165,6 +201,18 @@ def test_a_short_block_without_a_feasible_count_takes_the_plain_plan():
     assert resampled.resampled.tolist() == [False, False, True, True, True]
     assert torch.equal(resampled.weight(1), plain.weight(1))
     assert torch.equal(resampled.cdf(1), plain.cdf(1))
+
+
+@pytest.mark.parametrize("clip_range", RANGES)
+@pytest.mark.parametrize("block_size", [1, 4, 40])
+def test_the_scale_of_the_loss_is_that_of_tokens_which_all_cost_the_same(clip_range, block_size):
+    """Weight times masked share, averaged over the range: t / t * width, t / t, and t."""
+    low, high = clip_range or (0.0, 1.0)
+    expected = {"elbo": high - low, "reference": 1.0, "flat": (low + high) / 2}
+    for weighting, value in expected.items():
+        plan = NoisePlan(block_size, clip_range=clip_range, weighting=weighting)
+        assert loss_scale(plan) == pytest.approx(value, rel=1e-12)
+    assert loss_scale(full_masking_plan(block_size)) == 1.0
 
 
 def test_full_masking_masks_all_with_weight_1_under_every_weighting():

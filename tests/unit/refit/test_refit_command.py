@@ -1,16 +1,24 @@
 """The command of a re-fit: what it refuses, with which exit code, and what its deadline does."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import bdtrain.checkpoint.manifest as manifest
+import bdtrain.refit.backends as backends
+import bdtrain.refit.job as job
+from bdtrain.checkpoint.files import hash_file
+from bdtrain.checkpoint.manifest import commit_folder
 from bdtrain.config import dump_resolved, load_config
 from bdtrain.config.loader import value_of
 from bdtrain.errors import ConfigError
+from bdtrain.refit.backends import choose_measure
 from bdtrain.refit.command import _configured, main
+from bdtrain.refit.job import measure_here
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -26,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[3]
         (["--checkpoint", "c", "--out", "o", "--step", "3"], "--watch and --step belong to --run"),
         (["--run", "r", "--watch", "--step", "3"], "--watch takes every snapshot"),
         (["--run", "r", "train.steps=3"], "train.steps=3: only settings of the section refit"),
+        (["--run", "r", "refit.devices=[7]"], "CUDA_VISIBLE_DEVICES in the environment, and --device cuda"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(capsys, arguments, message):
@@ -106,6 +115,18 @@ def test_settings_of_the_run_that_the_given_ones_leave_idle_are_dropped(resolved
     assert {key: value_of(found, key) for key in rest} == rest
 
 
+@pytest.mark.parametrize("own", ["inline", "auto"])
+@pytest.mark.parametrize("given", [["refit.placement=ray"], ["refit.placement=process"], []])
+def test_a_saved_model_of_a_run_without_a_lag_can_be_measured_anywhere(resolved, monkeypatch, own, given):
+    """On the training ranks such a plan is in time; elsewhere it is not, and here nobody waits."""
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    path = resolved("refit.mode=clip", f"refit.placement={own}", "refit.lag_steps=0")
+    config = _configured(path, given)
+    on_ray = given == ["refit.placement=ray"]
+    assert (choose_measure(config) is measure_here) is not on_ray
+    assert config.refit.mode == "clip"
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -121,6 +142,25 @@ def test_a_setting_that_is_given_must_be_right_and_have_an_effect(resolved, give
     with pytest.raises(ConfigError) as found:
         _configured(resolved(), given)
     assert said in str(found.value)
+
+
+def test_the_settings_of_a_snapshot_are_compared_with_its_manifest_and_the_weights_left_to_their_reader(
+    capsys, tmp_path, resolved, monkeypatch
+):
+    """Hashed here too, the weights of a large model would be read once more for nothing."""
+    with commit_folder(tmp_path / "snapshot") as folder:
+        shutil.copy(resolved("refit.placement=process", "refit.mode=clip"), folder / "config.yaml")
+        (folder / "weights").write_bytes(b"1" * 1000)
+    read, asked = [], []
+    monkeypatch.setattr(manifest, "hash_file", lambda path: read.append(path.name) or hash_file(path))
+    monkeypatch.setattr(job, "run_refit", lambda snapshot, *_, **__: asked.append(snapshot))
+    words = ["--one-of-sweep", "--checkpoint", str(tmp_path / "snapshot"), "--out", str(tmp_path / "out")]
+    with pytest.raises(AttributeError, match="describe"):
+        main(words)
+    assert read == ["config.yaml"] and asked == [tmp_path / "snapshot"]
+    with (tmp_path / "snapshot" / "config.yaml").open("a") as file:
+        file.write(" ")
+    assert main(words) == 7 and "config.yaml has" in capsys.readouterr().err
 
 
 def test_a_re_fit_that_hangs_ends_itself_at_its_deadline():

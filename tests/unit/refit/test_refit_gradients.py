@@ -227,14 +227,29 @@ def test_by_count_squares_are_means_over_the_blocks_of_that_count():
             (size * (mean @ mean) - records.square[inside].mean()) / (size - 1)
         )
         assert one.nll_variance == pytest.approx(records.blocks.nll[inside].var(ddof=1))
+        # Both numbers of a gradient are one normal draw: its square spreads by sqrt(2) of its mean.
+        expected = one.variance * math.sqrt(2 / size)
+        assert one.variance_error == pytest.approx(expected, rel=0.4)
     assert json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_a_search_of_too_few_plans_has_no_correlation():
-    report, result = reported(made_records(spread=lambda k: 1 / k, direction=lambda k: 1 / k), mode="counts")
-    assert len(result.candidates) == 2
+    made = made_records(spread=lambda k: 1 / k, direction=lambda k: 1 / k)
+    report, result = reported(made, mode="counts", widths=())
+    assert len(result.candidates) == len(report.plans) == 2
     assert report.pearson is report.spearman_error is None
     assert "no correlation" in report.describe()
+
+
+def test_fitted_counts_are_compared_beside_the_clip_ranges():
+    made = made_records(spread=lambda k: 1 / k, direction=lambda k: 5 / k)
+    (counts, result), (ranges, _) = reported(made, mode="counts"), reported(made)
+    assert [plan.name for plan in counts.plans[:2]] == [one.name for one in result.candidates]
+    # The first one is the plan in use, of both.
+    assert counts.plans[2:] == ranges.plans[1:] and counts.plans[0] == ranges.plans[0]
+    assert counts.pearson is not None and counts.pearson > 0.99
+    # Which one is best is a matter of the search.
+    assert {counts.least_nelbo, counts.least_gradient} <= {one.name for one in result.candidates}
 
 
 def stored_gradients(model, plan, batches, *, draws, seed) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bdtrain.diffusion.plan import NoisePlan
+from bdtrain.diffusion.plan_variance import count_shares
 from bdtrain.diffusion.variance import BlockRecords
 from bdtrain.errors import ConfigError, DataError
 from bdtrain.refit.candidates import SearchSettings, clip_candidates, count_candidates
@@ -207,9 +208,40 @@ def test_fitted_counts_are_adopted_where_they_help():
     assert row(result, "fitted counts").mean == pytest.approx(result.candidates[0].mean)
     ratio = row(result, "fitted counts").variance / result.candidates[0].variance
     assert 1.05**2 / 2.005 <= ratio * 1.001 < 1.05**2 / 2.005 / 0.95
+    assert result.candidates[0].drawn == pytest.approx([1 / 8] * 8)
+    heights = result.plan.density
+    assert row(result, "fitted counts").drawn == pytest.approx([height / sum(heights) for height in heights])
     # From the fitted plan on, nothing is left to gain.
     again = search(records, result.plan, SearchSettings(mode="counts"))
     assert not again.adopt
+
+
+def test_how_often_a_count_is_drawn_follows_from_the_clip_range():
+    clipped = NoisePlan(8, clip_range=(0.3, 0.8))
+    records = measured(np.random.default_rng(4), block_size=8)
+    drawn = search(records, clipped, SearchSettings(mode="counts")).candidates[0].drawn
+    # The mean of the binomial law over levels in the range, of blocks with a masked token.
+    levels = (np.arange(20_000) + 0.5) / 20_000 * 0.5 + 0.3
+    law = np.array([(math.comb(8, k) * levels**k * (1 - levels) ** (8 - k)).mean() for k in range(1, 9)])
+    assert drawn == pytest.approx(law / law.sum(), rel=1e-6)
+    ranges = search(records, clipped, SearchSettings())
+    assert all(one.drawn is None for one in ranges.candidates)
+
+
+def test_a_large_block_has_64_cells_of_counts_that_are_all_drawn():
+    shares = count_shares(NoisePlan(1024))
+    assert shares == pytest.approx(np.full(64, 1 / 64))
+
+
+def test_the_variance_of_a_count_is_that_of_the_blocks_with_it():
+    records = measured(np.random.default_rng(2))
+    for one in search(records, NoisePlan(BLOCK), SearchSettings()).losses:
+        assert one.masked_low == one.masked_high
+        nll = records.nll[records.masked == one.masked_low]
+        assert one.block_variance == pytest.approx(nll.var(ddof=1))
+        # The blocks are independent and near to normal here, so the error is about sqrt(2 / n) of it.
+        expected = one.block_variance * math.sqrt(2 / len(nll))
+        assert one.block_variance_error == pytest.approx(expected, rel=0.5)
 
 
 def test_plans_that_draw_without_strata_are_judged_by_the_independent_variance():

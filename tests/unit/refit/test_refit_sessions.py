@@ -1,8 +1,10 @@
 """One session of Ray for many measurements, and the re-fits of a watch."""
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,10 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 
+import bdtrain.refit.apart as apart
 import bdtrain.refit.command as command
 import bdtrain.refit.ray_backend as ray_backend
+from bdtrain.checkpoint.files import hash_file
 from bdtrain.checkpoint.folders import step_name
+from bdtrain.checkpoint.manifest import Manifest, write_manifest
+from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.errors import RefitError
+from bdtrain.refit.job import judge, make_schedule, publish
 from bdtrain.refit.outcome import RaySettings, ShardOutcome
 from bdtrain.refit.ray_pool import RaySession
 from bdtrain.refit.request import RefitRequest
@@ -126,48 +133,68 @@ def test_a_measurement_on_ray_is_over_before_the_process_ends_itself(monkeypatch
     assert 50.0 < asked["deadline_s"] < 95.0 and asked["settings"].num_workers == 3
 
 
-# -- A watch -------------------------------------------------------------------------------------------------
+# -- Processes of a watch and of a sweep ---------------------------------------------------------------------
 
 
 RUN = """\
 model: {num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, vocab_multiple: 16}
 data: {kind: synthetic, seq_len: 32}
 train: {steps: 20, global_batch_size: 8}
-refit: {mode: clip, placement: external, deadline_s: DEADLINE}
+refit: {mode: clip, placement: PLACEMENT, deadline_s: DEADLINE}
 """
+WRITE = "import sys; open(sys.argv[1] + '/schedule.json', 'w').close()"
+HANG = "import time; time.sleep(600)"
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + HANG
+
+
+def save(folder, script, *, placement="external", content=""):
+    """What the commands look at of a snapshot or a checkpoint, before its process reads the rest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Time enough for all others, on a busy machine, too.
+    settings = RUN.replace("DEADLINE", "0.2" if script == HANG else "100").replace("PLACEMENT", placement)
+    (folder / "config.yaml").write_text(settings)
+    facts = {"made": content}
+    listed = {"config.yaml": hash_file(folder / "config.yaml")}
+    (folder / "MANIFEST.json").unlink(missing_ok=True)
+    write_manifest(folder, Manifest(listed, "bdtrain-training/1", facts))
 
 
 @pytest.fixture
-def watched(tmp_path, monkeypatch):
-    """A run that has ended with snapshots of three steps, and a watch over it whose children are scripts."""
+def scripted(monkeypatch):
+    """``scripted[name] = script``: what the process of a step, or of a checkpoint, does; and its command."""
+    scripts = {}
+    made = []
+
+    def words(arguments):
+        options = command._parser().parse_args(arguments)
+        made.append(arguments)
+        folder = options.out or result_folder(options.run, options.step)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = options.step if options.run else options.checkpoint[0].name
+        return [sys.executable, "-S", "-c", scripts[name], str(folder)]
+
+    monkeypatch.setattr(command, "GRACE_S", 0.3)
+    monkeypatch.setattr(apart, "GRACE_S", 0.3)
+    monkeypatch.setattr(command, "refit_command", words)
+    scripts["made"] = made
+    return scripts
+
+
+@pytest.fixture
+def watched(tmp_path, scripted):
+    """A run that has ended with snapshots of some steps, and a watch over it whose children are scripts."""
     run = tmp_path / "run"
     (run / "refit").mkdir(parents=True)
     (run / EXIT_FILE).write_text("{}")
-    monkeypatch.setattr(command, "GRACE_S", 0.3)
 
     def watch(scripts):
+        scripted.update(scripts)
         for step, script in scripts.items():
-            folder = snapshots_folder(run) / step_name(step)
-            folder.mkdir(parents=True)
-            (folder / "MANIFEST.json").write_text("{}")
-            # Time enough for all others, on a busy machine, too.
-            (folder / "config.yaml").write_text(RUN.replace("DEADLINE", "0.2" if script == HANG else "100"))
-
-        def words(step, options):
-            assert options.run == run
-            result_folder(run, step).mkdir(parents=True, exist_ok=True)
-            return [sys.executable, "-S", "-c", scripts[step], str(result_folder(run, step) / SCHEDULE_FILE)]
-
-        monkeypatch.setattr(command, "_command", words)
+            save(snapshots_folder(run) / step_name(step), script)
         return command.main(["--run", str(run), "--watch"])
 
     watch.run = run
     return watch
-
-
-WRITE = "import sys; open(sys.argv[1], 'w').close()"
-HANG = "import time; time.sleep(600)"
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + HANG
 
 
 def test_a_re_fit_that_hangs_ends_alone_and_the_watch_goes_on(watched, capsys):
@@ -175,10 +202,16 @@ def test_a_re_fit_that_hangs_ends_alone_and_the_watch_goes_on(watched, capsys):
     assert watched({1: HANG, 2: "import sys; sys.exit(8)", 3: WRITE}) == 0
     assert time.monotonic() - began < 60
     assert (result_folder(watched.run, 3) / SCHEDULE_FILE).exists()
-    # What the second one had to say it said itself.
     assert capsys.readouterr().err.splitlines() == [
-        "error: the re-fit of step 1 did not end at its deadline (refit.deadline_s) and was killed"
+        "error: the re-fit of step 1 did not end at its deadline (refit.deadline_s) and was killed",
+        "error: the re-fit of step 2 ended with 8",
     ]
+
+
+def test_what_a_process_says_is_told_once_and_its_error_last(watched, capsys):
+    talk = "import sys; sys.exit('warning: slow\\nerror: two things:\\n  a\\n  b')"
+    assert watched({1: talk}) == 0
+    assert capsys.readouterr().err == "warning: slow\nerror: two things:\n  a\n  b\n"
 
 
 def test_a_re_fit_that_was_killed_is_told_and_the_watch_goes_on(watched, capsys):
@@ -189,7 +222,7 @@ def test_a_re_fit_that_was_killed_is_told_and_the_watch_goes_on(watched, capsys)
 
 
 def test_a_watch_that_is_asked_to_end_takes_its_re_fit_along(watched):
-    note = "import os, signal, sys; open(sys.argv[1], 'w').write(str(os.getpid())); "
+    note = "import os, signal, sys; open(sys.argv[1] + '/schedule.json', 'w').write(str(os.getpid())); "
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         watched({1: f"{note} os.kill(os.getppid(), signal.SIGTERM); {HANG}", 2: WRITE})
@@ -199,23 +232,119 @@ def test_a_watch_that_is_asked_to_end_takes_its_re_fit_along(watched):
     assert not (result_folder(watched.run, 2) / SCHEDULE_FILE).exists()
 
 
-def test_a_child_that_does_not_hear_is_ended_with_the_watch(tmp_path):
-    process = command.subprocess.Popen([sys.executable, "-S", "-c", DEAF])
+def test_a_watch_measures_a_step_again_when_the_run_comes_to_it_with_other_weights(
+    watched, scripted, monkeypatch, capsys
+):
+    """As after a start from the beginning with other settings: the same step, another snapshot."""
+    (watched.run / EXIT_FILE).unlink()
+    snapshot = snapshots_folder(watched.run) / step_name(1)
+    looks = []
+
+    def look(seconds):
+        looks.append(len(scripted["made"]))
+        if len(looks) == 2:
+            save(snapshot, "", content="other weights")
+        if len(looks) == 3:
+            (watched.run / EXIT_FILE).write_text("{}")
+
+    monkeypatch.setattr(command, "time", SimpleNamespace(sleep=look))
+    assert watched({1: "raise SystemExit(8)"}) == 0
+    assert looks == [1, 1, 2] and len(scripted["made"]) == 2
+
+
+def test_a_child_that_does_not_hear_is_ended_with_the_watch():
+    process = subprocess.Popen([sys.executable, "-S", "-c", DEAF])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "GRACE_S", 0.2)
-        command._end(process)
+        patch.setattr(apart, "GRACE_S", 0.2)
+        apart.end_process(process)
     assert process.poll() is not None
 
 
-def test_a_watch_hands_its_settings_to_each_re_fit():
-    words = ["--run", "r", "--watch", "--data", "d", "--block-sizes", "4,8", "refit.quorum=0.5"]
+def test_a_watch_and_a_sweep_hand_their_settings_to_each_re_fit(watched, scripted, tmp_path):
+    words = ["--data", "d", "--block-sizes", "4,8", "--device", "cpu", "refit.blocks=512"]
+    scripted.update(dict.fromkeys((7, "a", "b"), "raise SystemExit(8)"))
+    save(snapshots_folder(watched.run) / step_name(7), "")
+    for name in "ab":
+        save(tmp_path / name, "", placement="process")
+    places = [
+        "--checkpoint",
+        str(tmp_path / "a"),
+        "--checkpoint",
+        str(tmp_path / "b"),
+        "--out",
+        str(tmp_path),
+    ]
+    assert command.main(["--run", str(watched.run), "--watch", *words]) == 0
+    assert command.main([*places, *words]) == 8
     options = command._parser().parse_args(words)
-    made = command._command(7, options)
-    assert made[:4] == [sys.executable, "-P", "-m", "bdtrain.refit"]
-    again = command._parser().parse_args(made[4:])
-    assert (again.run, again.step, again.watch) == (Path("r"), 7, False)
+    found = [command._parser().parse_args(made) for made in scripted["made"]]
     same = ("data", "block_sizes", "device", "overrides")
-    assert [getattr(again, name) for name in same] == [getattr(options, name) for name in same]
+    assert all(getattr(one, name) == getattr(options, name) for one in found for name in same)
+    assert [(one.run, one.step, one.watch, one.one_of_sweep) for one in found] == [
+        (watched.run, 7, False, False),
+        (None, None, False, True),
+        (None, None, False, True),
+    ]
+    assert [one.checkpoint for one in found] == [None, [tmp_path / "a"], [tmp_path / "b"]]
+    made = apart.refit_command(scripted["made"][0])
+    assert made[:4] == [sys.executable, "-P", "-m", "bdtrain.refit"] and made[4:] == scripted["made"][0]
+
+
+def test_a_checkpoint_of_a_sweep_that_hangs_costs_itself_alone(tmp_path, scripted, capsys):
+    said = "the re-fit took longer than refit.deadline_s=0.2; nothing was written"
+    scripts = {
+        "hangs": HANG,
+        "ends-itself": f"raise SystemExit('error: {said}')",
+        "damaged": "import sys; print('error: damaged is damaged', file=sys.stderr); sys.exit(7)",
+        "good": "import shutil, sys; shutil.copy(sys.argv[1] + '/../report.json', sys.argv[1])",
+    }
+    scripted.update(scripts)
+    records = {4: make_records(4, 1)}
+    results = judge(records, NoisePlan(block_size=4), run_config())
+    schedule = make_schedule(results, NoisePlan(block_size=4), run_uid="u", step=9, digest="", version=1)
+    request = RefitRequest("", (4,), (40,), 4, 0)
+    out = tmp_path / "out"
+    publish(out, schedule, results, request=request, seconds={}, measurement={})
+    words = []
+    for name, script in scripts.items():
+        # lag_steps and wait are a trainer's: here nobody waits.
+        save(tmp_path / name, script, placement="process")
+        words += ["--checkpoint", str(tmp_path / name)]
+    began = time.monotonic()
+    assert command.main([*words, "--out", str(out)]) == 8
+    assert time.monotonic() - began < 60
+    hung = f"the re-fit of {tmp_path / 'hangs'} did not end at its deadline (refit.deadline_s) and was killed"
+    found = capsys.readouterr()
+    assert found.err.splitlines() == [f"error: {hung}", f"error: {said}", "error: damaged is damaged"]
+    table = json.loads((out / "sweep.json").read_text())
+    assert [(Path(one["checkpoint"]).name, one["error"], one["exit_code"]) for one in table["failures"]] == [
+        ("hangs", hung, 8),
+        ("ends-itself", said, 1),
+        ("damaged", "damaged is damaged", 7),
+    ]
+    (row,) = table["rows"]
+    assert (row["checkpoint"], row["step"], row["winner"]) == (
+        str(tmp_path / "good"),
+        9,
+        results[4].winner,
+    )
+
+
+def test_a_sweep_that_is_asked_to_end_takes_its_process_along_and_keeps_the_table(tmp_path, scripted):
+    note = "import os, signal, sys; open(sys.argv[1] + '/pid', 'w').write(str(os.getpid())); "
+    scripted.update(a="raise SystemExit(8)", b=f"{note} os.kill(os.getppid(), signal.SIGTERM); {HANG}")
+    words = []
+    for name in "ab":
+        save(tmp_path / name, "", placement="process")
+        words += ["--checkpoint", str(tmp_path / name)]
+    with pytest.raises(SystemExit) as end:
+        command.main([*words, "--out", str(tmp_path / "out")])
+    assert end.value.code == 128 + signal.SIGTERM
+    (note,) = (tmp_path / "out").glob("*/pid")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+    table = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert not table["complete"] and len(table["failures"]) == 1
 
 
 def test_only_a_sweep_is_shown_in_mlflow(capsys):

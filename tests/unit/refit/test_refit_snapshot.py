@@ -1,11 +1,19 @@
 """Snapshots on disk: which stay, and which belong to a time that the run has not come to again."""
 
+import pytest
 import torch
 
 from bdtrain.checkpoint.communicator import OneProcess
 from bdtrain.checkpoint.folders import list_checkpoints
 from bdtrain.parallel.fragments import StateFragment
-from bdtrain.refit.snapshot import forget_later, snapshots_folder, write_snapshot
+from bdtrain.refit.snapshot import (
+    forget_later,
+    refit_folder,
+    result_folder,
+    set_aside,
+    snapshots_folder,
+    write_snapshot,
+)
 
 
 def write(run, step, value):
@@ -65,3 +73,32 @@ def test_a_run_that_goes_back_forgets_the_snapshots_of_its_former_future(tmp_pat
     assert again.written
     assert TrainingState.open(again.folder).full_tensor("weight", "ema").tolist() == [3.0] * 4
     forget_later(tmp_path / "no run", 1)
+
+
+def test_re_fits_of_another_beginning_are_set_aside_without_their_snapshots(tmp_path):
+    assert set_aside(tmp_path, 2) is None
+    names = []
+    for said in ("first", "second"):
+        write(tmp_path, 5, 1.0)
+        result_folder(tmp_path, 5).mkdir()
+        (result_folder(tmp_path, 5) / "report.json").write_text(said)
+        aside = set_aside(tmp_path, 2)
+        assert not refit_folder(tmp_path).exists()
+        assert [path.name for path in aside.iterdir()] == ["step-000000005"]
+        assert (aside / "step-000000005" / "report.json").read_text() == said
+        names.append(aside.name)
+    # An attempt that died right after it came to the same number again.
+    assert names == ["refit-before-attempt-2", "refit-before-attempt-2-2"]
+
+
+def test_re_fits_that_cannot_be_set_aside_are_an_error(tmp_path, monkeypatch):
+    """Suppressed, the run would take them for its own."""
+    write(tmp_path, 5, 1.0)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "rename", refuse)
+    with pytest.raises(PermissionError):
+        set_aside(tmp_path, 2)
+    assert steps(tmp_path) == [5]

@@ -16,7 +16,7 @@ from bdtrain.errors import CheckpointError, RefitError
 from bdtrain.refit.job import Refit, judge, make_schedule, publish
 from bdtrain.refit.request import RefitRequest
 from bdtrain.refit.sweep import result_names, run_sweep
-from bdtrain.refit.sweep_table import SweepRow, format_note, format_table, make_row
+from bdtrain.refit.sweep_table import SweepRow, format_note, format_table, read_rows
 from bdtrain.tracking.names import METRICS
 from tests.unit.refit.sweep_cases import make_records, run_config
 
@@ -366,7 +366,8 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path, monkeypatch, caps
 
 
 def test_a_long_table_is_cut_where_mlflow_shows_it_and_whole_where_it_is_printed(tmp_path):
-    row = make_row(tmp_path / "10", done := of_name(tmp_path / "10", tmp_path), done.results[4])
+    of_name(tmp_path / "10", tmp_path)
+    (row, _), _ = read_rows(tmp_path / "10", tmp_path)
     rows = [replace(row, step=step) for step in range(60)]
     note = format_note(rows)
     assert note.count("\n| ") == 1 + 25 and note.endswith("and 35 more in sweep.json") and len(note) < 5000

@@ -40,7 +40,11 @@ def make_result(**more: object) -> dict[str, object]:
     ranges = [(begin, begin + width) for width, begins in WIDTHS.items() for begin in begins]
     current = candidate(0.0, 1.0, name="current (full range)", is_current=True)
     losses = [
-        {"masked_low": k, "masked_high": k, "nll": 4.0 - 0.1 * k, "nll_error": 0.02 * k} for k in (1, 2, 3, 4)
+        {
+            **{"masked_low": k, "masked_high": k, "nll": 4.0 - 0.1 * k, "nll_error": 0.02 * k},
+            **{"block_variance": 1.0 + k, "block_variance_error": 0.1 * k},
+        }
+        for k in (1, 2, 3, 4)
     ]
     return {
         "candidates": [current, *(candidate(*ends) for ends in ranges)],
@@ -49,6 +53,55 @@ def make_result(**more: object) -> dict[str, object]:
         "strata": "stratified",
         "current": plan(None),
         "losses": losses,
+        **more,
+    }
+
+
+def make_counts(size: int = 4, cells: int = 4, *, adopt: bool = True) -> dict[str, object]:
+    """Of mode ``counts``: from uniform counts to a density that rises in equal steps."""
+    wide = size // cells
+    losses = [
+        {"masked_low": cell * wide + 1, "masked_high": (cell + 1) * wide, "nll": 3.0, "nll_error": 0.1}
+        for cell in range(cells)
+    ]
+    rising = [2 * (cell + 1) / (cells * (cells + 1)) for cell in range(cells)]
+    current = candidate(0.0, 1.0, name="current (full range)", is_current=True, drawn=[1 / cells] * cells)
+    fitted = candidate(0.0, 1.0, name="fitted counts", density=[1.0] * cells, drawn=rising)
+    return make_result(
+        candidates=[current, fitted],
+        losses=losses,
+        winner="fitted counts",
+        adopt=adopt,
+        at_edge=[],
+        settings={"mode": "counts"},
+    )
+
+
+def make_gradients(**more: object) -> dict[str, object]:
+    """The gradient's variance of each plan is three times the loss's."""
+    ends = [(0.0, 1.0), *((begin, begin + width) for width, begins in WIDTHS.items() for begin in begins)]
+    names = ["current (full range)", *(str(candidate(*pair)["name"]) for pair in ends[1:])]
+    plans = [
+        {
+            **{"name": name, "nelbo": variance(*pair), "finite": True},
+            **{"gradient": 3 * variance(*pair), "gradient_error": error(*pair)},
+        }
+        for name, pair in zip(names, ends, strict=True)
+    ]
+    counts = [
+        {"masked_low": k, "masked_high": k, "variance": 7.0 - k, "variance_error": 0.3 * k}
+        for k in (1, 2, 3, 4)
+    ]
+    return {
+        "plans": plans,
+        "counts": counts,
+        "pearson": 0.987,
+        "pearson_error": 0.012,
+        "spearman": 0.9,
+        "spearman_error": 0.05,
+        "least_nelbo": "clip 0.5-1",
+        "least_gradient": "clip 0.5-1",
+        "excess": 0.0,
         **more,
     }
 
@@ -83,7 +136,8 @@ def make_refits(run: Path) -> Path:
     place = folder / "step-000000005"
     place.mkdir(parents=True)
     (place / "schedule.json").write_text(json.dumps({"format": "bdtrain-schedule/1", "snapshot_step": 5}))
-    (place / "report.json").write_text(json.dumps({"results": {"4": make_result()}}))
+    report = {"results": {"4": make_result()}, "gradients": {"4": make_gradients()}}
+    (place / "report.json").write_text(json.dumps(report))
     lines = [
         line(5, "adopted", [0.5, 1.0], 1, metrics=search_metrics()),
         line(10, "late", [0.5, 1.0], 1),

@@ -14,7 +14,8 @@ import pytest
 
 from bdtrain.tracking import pictures
 from bdtrain.tracking.jsonl import MetricsLog
-from bdtrain.tracking.refits import read_refit
+from bdtrain.tracking.refits import Refit, read_refit
+from bdtrain.tracking.report.refit_plots import list_plots
 from bdtrain.tracking.run_artifacts import (
     describe_environment,
     describe_inputs,
@@ -23,7 +24,7 @@ from bdtrain.tracking.run_artifacts import (
 )
 from bdtrain.tracking.ship import SHIPPED, Shipping
 from bdtrain.tracking.spool import Point, ShipState, files_of
-from tests.unit.tracking.refit_files import make_refits
+from tests.unit.tracking.refit_files import make_counts, make_refits
 from tests.unit.tracking.report_run import Page, make_run
 
 DIGEST = "ab" * 32
@@ -192,7 +193,9 @@ def test_a_refit_is_a_file_of_its_schedule_and_report_and_pictures(
     folder = make_refits(tmp_path / "run")
     monkeypatch.setattr(pictures, "has_matplotlib", lambda: False)
     files = make_schedule(tmp_path / "run", tmp_path / "a")
-    assert list(files) == ["schedule/step-5.json", "schedule/step-5.svg", "schedule/step-5-2.svg"]
+    # Variance by range; loss, its variance and the gradient's by mask count; one variance against the other.
+    pages = ["step-5.svg", *(f"step-5-{number}.svg" for number in (2, 3, 4, 5))]
+    assert list(files) == [f"schedule/{name}" for name in ("step-5.json", *pages)]
     stored = json.loads(files["schedule/step-5.json"])
     report = json.loads((folder / "step-000000005" / "report.json").read_text())
     assert stored["report"] == report and stored["schedule"]["snapshot_step"] == 5
@@ -217,12 +220,16 @@ def test_matplotlib_gets_the_same_points_as_the_page(tmp_path: Path) -> None:
     refit = read_refit(tmp_path, 5)
     assert refit is not None
     drawn: list[tuple] = []
+    bins: list[tuple] = []
 
     class Axes:
         """Takes what the picture draws."""
 
         def errorbar(self, xs, ys, yerr, **more):
             drawn.append((xs, ys, yerr))
+
+        def stairs(self, ys, edges, **more):
+            bins.append((tuple(ys), edges))
 
         def get_legend_handles_labels(self):
             return [], []
@@ -239,6 +246,11 @@ def test_matplotlib_gets_the_same_points_as_the_page(tmp_path: Path) -> None:
         wanted = [series.points for series in plot.series]
         assert [tuple(zip(xs, ys, errors, strict=True)) for xs, ys, errors in drawn] == wanted
         drawn.clear()
+    fitted = next(list_plots(Refit(5, 9, "adopted", results={4: make_counts()})))
+    pictures._draw(Axes(), fitted)
+    # Four counts: a tenth, two, three and four tenths of all, over a quarter each.
+    ((heights, edges),) = bins
+    assert heights == pytest.approx((0.4, 0.8, 1.2, 1.6)) and edges == (0.5, 1.5, 2.5, 3.5, 4.5)
 
 
 def test_mlflow_has_inputs_files_and_environment_of_a_run(tmp_path: Path) -> None:

@@ -12,14 +12,13 @@ import pytest
 
 from bdtrain.tracking.refits import (
     describe_plan,
-    list_plots,
-    plot_losses,
     plot_variance,
     read_files,
     read_refit,
     read_refits,
 )
 from bdtrain.tracking.report.plots import HEIGHT, WIDTH, draw_plot, standalone
+from bdtrain.tracking.report.refit_plots import list_plots, plot_losses
 from tests.unit.tracking.refit_files import (
     WIDTHS,
     candidate,
@@ -69,6 +68,7 @@ def test_a_refit_that_is_begun_and_not_settled_is_pending(tmp_path: Path) -> Non
         (plan([0.3, 0.8]), "0.3 to 0.8"),
         (plan([1.0, 1.0]), "full masking"),
         (plan([0.0, 0.5], density=[1.0, 2.0]), "0 to 0.5, fitted counts"),
+        (plan(None, density=[1.0, 2.0]), "fitted counts"),
         ({"clip_range": ["a", {}]}, "full range"),
         ({}, "full range"),
     ],
@@ -93,12 +93,12 @@ def test_the_plot_has_one_series_a_width_over_its_lower_bounds() -> None:
     assert not plot.log
 
 
-def test_the_plot_of_the_loss_is_over_the_share_that_is_masked() -> None:
+def test_the_plot_of_the_loss_is_over_the_number_of_masked_tokens() -> None:
     plot = plot_losses(make_result(), 4)
     assert plot is not None
     (series,) = plot.series
-    shares, losses, errors = zip(*series.points, strict=True)
-    assert shares == (0.25, 0.5, 0.75, 1.0)
+    counts, losses, errors = zip(*series.points, strict=True)
+    assert counts == (1, 2, 3, 4)
     assert losses == pytest.approx((3.9, 3.8, 3.7, 3.6))
     assert errors == pytest.approx((0.02, 0.04, 0.06, 0.08))
 
@@ -209,7 +209,7 @@ def test_the_page_tells_of_every_refit_with_its_errors(tmp_path: Path) -> None:
         "5", "9", "adopted", "full range", "0.5 to 1", "1", "0.033 ± 0.0011", "0.024 ± 0.0008",
         f"{gain:.1%}", "0.93", "narrowest, highest start",
     ]  # fmt: skip
-    assert "reason of step 10" in cells
+    assert "reason of step 10" in page.texts["div"]
     heading = " ".join(page.texts["h2"] + page.texts["span"])
     assert "3 re-fits, 1 adopted, 1 late, 1 failed; in force: 0.5 to 1" in heading
     faults = [

@@ -12,7 +12,14 @@ import pytest
 from bdtrain.checkpoint.communicator import OneProcess
 from bdtrain.config import load_config
 from bdtrain.errors import ConfigError
-from bdtrain.train.folder import begin_attempt, claim_run_folder, clear_exit, write_exit, write_json
+from bdtrain.train.folder import (
+    begin_attempt,
+    changed_since_last,
+    claim_run_folder,
+    clear_exit,
+    write_exit,
+    write_json,
+)
 from bdtrain.train.run_lock import RunLock
 
 TINY = "configs/run/tiny_synthetic.yaml"
@@ -83,6 +90,23 @@ def test_an_attempt_begins_without_the_last_ones_end_and_unfinished_files(tmp_pa
         "config.yaml",
         "run.json",
     ]
+
+
+def test_free_settings_that_differ_from_the_last_attempts_are_named(tmp_path, claim):
+    config, claimed = claim()
+    begin_attempt(claimed, config, {"tokenizer": {}, "data_fingerprint": {}})
+    assert changed_since_last(claimed, config, OneProcess()) == []
+    # What has no part in the numbers is no change.
+    other = load_config([TINY], ["run.name=b", "optim.lr=0.5", "refit.mode=clip"]).config
+    assert changed_since_last(claimed, other, OneProcess()) == [
+        ["optim.lr", 0.003, 0.5],
+        ["refit.mode", "off", "clip"],
+    ]
+    for content in ("optim: [", "optim: {rate: 1}", None):
+        path = tmp_path / "run" / "config.yaml"
+        path.unlink() if content is None else path.write_text(content)
+        (change,) = changed_since_last(claimed, config, OneProcess())
+        assert change[0] == "config.yaml" and "unreadable" in change[1], "nobody knows what it was"
 
 
 @pytest.mark.parametrize("refused", ["fsync", "replace"])

@@ -1,11 +1,12 @@
 """When a re-fit begins, when its plan is used, and what becomes of the run when it does not come."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from bdtrain.errors import CheckpointError, ConfigError, RefitError
-from bdtrain.refit.history import HISTORY_FILE
+from bdtrain.errors import CheckpointError, ConfigError, RankError, RefitError
+from bdtrain.refit.history import HISTORY_FILE, read_history
 from bdtrain.refit.job import only_one
 from bdtrain.refit.schedule_file import REPORT_FILE, SCHEDULE_FILE
 from bdtrain.refit.snapshot import refit_folder, result_folder
@@ -27,6 +28,13 @@ def test_one_re_fit_an_epoch_at_its_first_step(tmp_path, children):
     run = Run(tmp_path)
     run.steps(0, 16)
     assert run.snapshots == begun(run) == [child.step for child in children] == [5, 10, 15]
+
+
+@pytest.mark.parametrize("more", [{}, {"devices": [6, 7]}, {"placement": "ray", "worker_gpus": 1.0}])
+def test_its_process_gets_the_gpus_that_the_settings_say(tmp_path, children, more):
+    Run(tmp_path, **more).steps(0, 5)
+    (child,) = children
+    assert child.devices == tuple(more.get("devices", ())) and child.gpus == ("worker_gpus" in more)
 
 
 def test_re_fits_by_tokens_begin_at_the_first_step_that_has_them(tmp_path):
@@ -77,13 +85,52 @@ def test_a_plan_is_used_exactly_lag_steps_after_its_snapshot(tmp_path, children)
     assert run.events[-1] == (
         8,
         "refit",
-        {"snapshot_step": 5, "outcome": "adopted", "reason": "better", "version": 1, "replayed": False},
+        {
+            "snapshot_step": 5,
+            "outcome": "adopted",
+            "reason": "better",
+            "version": 1,
+            "replayed": False,
+            # From the full range to a width of 0.5.
+            "loss_scale": pytest.approx(0.5, rel=1e-12),
+        },
     )
     run.steps(9, 10)
     run.publish(10, BEST)
     run.steps(11, 13)
     assert run.state["noise_plan_history"][-1] == [13, BEST.to_dict()] and run.state["refit"]["version"] == 2
     assert run.history() == {5: "adopted", 10: "adopted"}
+
+
+@pytest.mark.parametrize(
+    ("weighting", "plan", "factor"),
+    [
+        ("elbo", {"clip_range": (0.45, 0.95)}, 0.5),
+        ("elbo", {"clip_range": (0.04, 1.0)}, None),
+        ("elbo", {"density": (1.0, 2.0)}, None),
+        ("reference", {"clip_range": (0.45, 0.95)}, None),
+        # Half of all tokens are masked on average, and then 0.7.
+        ("flat", {"clip_range": (0.45, 0.95)}, 1.4),
+    ],
+)
+def test_a_plan_that_puts_the_loss_on_another_scale_says_so_at_its_step(tmp_path, weighting, plan, factor):
+    run = Run(tmp_path)
+    run.refit.plan = replace(PLAN, weighting=weighting)
+    run.steps(0, 5)
+    run.publish(5, replace(run.refit.plan, **plan))
+    run.steps(6, 8)
+    assert run.history() == {5: "adopted"}
+    said = [line for line in run.lines if "times its scale" in line]
+    kept = read_history(refit_folder(tmp_path))[5].loss_scale
+    assert [facts.get("loss_scale") for _, name, facts in run.events if name == "refit"] == (
+        [None] if factor is None else [kept]
+    )
+    if factor is None:
+        assert said == [] and kept == pytest.approx(1.0, abs=0.05)
+        return
+    assert kept == pytest.approx(factor, rel=1e-12)
+    assert f"from step 8 on the loss has {factor:g} times its scale" in said[0] and len(said) == 1
+    assert f"weighting={weighting}" in said[0] and "weighting=reference keeps the scale" in said[0]
 
 
 def test_a_plan_that_stays_counts_as_a_result(tmp_path):
@@ -205,6 +252,36 @@ def test_waiting_ends_at_the_deadline(tmp_path, children):
     assert run.history() == {5: "late"} and children[0].killed
 
 
+def test_gradients_that_are_asked_for_are_waited_for_too(tmp_path, children, monkeypatch):
+    """They come after the schedule, and the child is over when they are there."""
+    run = Run(tmp_path, wait=True, gradient_variance=True)
+    run.steps(0, 7)
+    run.publish(5)
+    looks = []
+
+    def look(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            children[0].end()
+
+    monkeypatch.setattr(module.time, "sleep", look)
+    run.at(8)
+    assert len(looks) == 3 and run.history() == {5: "adopted"}
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_gradients_that_come_too_late_are_said_to_be_left_out(tmp_path, children, monkeypatch, done):
+    metrics = {"sched/gain": 0.5, **({"sched/gradient_variance": 3.0} if done else {})}
+    monkeypatch.setattr(module, "search_metrics", lambda *_: metrics)
+    run = Run(tmp_path, gradient_variance=True)
+    run.steps(0, 7)
+    run.publish(5)
+    run.at(8)
+    told = [line for line in run.lines if "its gradients were not done in time" in line]
+    # A child that has said all it has to say may still be on its way out.
+    assert len(told) == (not done) and run.history() == {5: "adopted"} and children[0].killed
+
+
 def test_a_child_that_another_re_fit_keeps_out_is_waited_for_in_its_place(tmp_path, children, monkeypatch):
     """What a killed trainer left at work holds the lock; the child of the next trainer is refused."""
     run = Run(tmp_path, wait=True)
@@ -275,6 +352,14 @@ def test_inline_measures_at_once_and_uses_it_at_the_same_step(tmp_path, children
     assert broken.history() == {5: "failed"} and "too few rows" in broken.lines[-1]
 
 
+def test_a_rank_that_others_wait_for_is_no_failure_of_the_re_fit_alone(tmp_path):
+    run = Run(tmp_path, placement="inline")
+    run.measure_error = RankError("this rank ran out of memory")
+    with pytest.raises(RankError):
+        run.steps(0, 5)
+    assert not (refit_folder(tmp_path) / HISTORY_FILE).exists()
+
+
 def test_inline_does_not_take_an_old_schedule_for_its_own_failure(tmp_path):
     run = Run(tmp_path, placement="inline")
     run.measure_error = RefitError("too few rows")
@@ -343,6 +428,16 @@ def test_numbers_of_a_search_go_to_the_metrics(tmp_path):
     # A gain without a value is left out.
     path.write_text(json.dumps(report(gain=None)))
     assert "sched/gain" not in search_metrics(path, 4) and len(search_metrics(path, 4)) == 7
+    plans = [{"name": "current", "gradient": 9.0, "gradient_error": 0.3}, {"name": "clip", "gradient": 6.0}]
+    gradients = {"plans": plans, "pearson": 0.9}
+    path.write_text(json.dumps({**report(), "gradients": {"4": gradients}}))
+    found = search_metrics(path, 4)
+    assert {name: value for name, value in found.items() if "gradient" in name} == {
+        "sched/gradient_variance": 9.0,
+        "sched/gradient_variance_error": 0.3,
+        "sched/gradient_variance_best": 6.0,
+        "sched/gradient_correlation": 0.9,
+    }
 
 
 @pytest.mark.parametrize(

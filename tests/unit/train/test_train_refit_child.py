@@ -15,12 +15,12 @@ from bdtrain.train.refit_child import LOG_FILE, RefitChild
 def stand_in(tmp_path, monkeypatch):
     """A program in the place of Python: ``stand_in(script)``, with the child's arguments as its own."""
 
-    def make(script):
+    def make(script, **more):
         program = tmp_path / "program"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
-        return RefitChild(tmp_path / "run", step=40, folder=tmp_path / "results")
+        return RefitChild(tmp_path / "run", step=40, folder=tmp_path / "results", **more)
 
     return make
 
@@ -41,6 +41,24 @@ def test_it_is_told_the_snapshot_and_where_the_package_is(stand_in, tmp_path):
     words, variables = (tmp_path / "results" / LOG_FILE).read_text().splitlines()
     assert words == f"-P -m bdtrain.refit --run {tmp_path / 'run'} --step 40 --nice 10"
     assert variables == f" kept [] {Path(__file__).resolve().parents[3]}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "seen"),
+    [
+        ({}, "5,3"),
+        ({"CUDA_VISIBLE_DEVICES": "7,6,5,4,3,2"}, "2,4"),
+        ({"CUDA_VISIBLE_DEVICES": " GPU-a, GPU-b,GPU-c ,MIG-d,4,GPU-f"}, "GPU-f,MIG-d"),
+        # The deepspeed launcher shows what training uses; the others have the machine's numbers.
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2", "LOCAL_SIZE": "3", "CROSS_SIZE": "1"}, "5,3"),
+    ],
+)
+def test_it_sees_the_gpus_that_are_left_to_it_and_no_other(stand_in, tmp_path, variables, seen):
+    child = stand_in('echo "$@"; echo "[$CUDA_VISIBLE_DEVICES]" >&2', devices=(5, 3))
+    child.start({"PATH": os.environ["PATH"], **variables})
+    assert ended(child) == ""
+    words, shown = (tmp_path / "results" / LOG_FILE).read_text().splitlines()
+    assert words.endswith("--nice 10 --device cuda") and shown == f"[{seen}]"
 
 
 @pytest.mark.parametrize(

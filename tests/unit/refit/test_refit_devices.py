@@ -1,0 +1,107 @@
+"""GPUs that are left to re-fits: which they are under each launcher, and that none of them is training's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bdtrain.config import RunConfig
+from bdtrain.errors import ConfigError
+from bdtrain.parallel.launch_environment import Launch, read_launch
+from bdtrain.refit.devices import check_devices, visible_devices
+from bdtrain.testing import tiny_model_config
+from bdtrain.train.launch import train_from_config
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "6", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "6", "MASTER_ADDR": "h"}
+TORCHRUN["TORCHELASTIC_RUN_ID"] = "1"
+DEEPSPEED = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_SIZE": "3", "MASTER_ADDR": "h"}
+DEEPSPEED |= {"CROSS_RANK": "0", "CROSS_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,2,3"}
+
+
+def run_config(devices, **refit):
+    return RunConfig.model_validate(
+        {
+            "model": tiny_model_config(),
+            "data": {"kind": "synthetic", "seq_len": 32},
+            "train": {"steps": 1, "global_batch_size": 8},
+            "refit": {"mode": "clip", "placement": "process", "devices": devices, **refit},
+        }
+    )
+
+
+def check(tmp_path, devices, environment=None, *, count=8, driver=8, launch=None, **refit):
+    folder = tmp_path / "gpus"
+    if driver:
+        folder.mkdir(exist_ok=True)
+        for number in range(driver):
+            (folder / f"0000:{number:02x}:00.0").mkdir(exist_ok=True)
+    environment = environment or {}
+    launch = launch or read_launch(environment)
+    check_devices(run_config(devices, **refit), launch, environment, count=count, driver=folder)
+
+
+def refusal(*given, **more):
+    with pytest.raises(ConfigError) as found:
+        check(*given, **more)
+    return str(found.value)
+
+
+def test_gpus_behind_those_of_the_ranks_are_free(tmp_path):
+    check(tmp_path, (6, 7), TORCHRUN)
+    check(tmp_path, (1,), count=2)
+    check(tmp_path, (7,), TORCHRUN, placement="auto")
+    # Of the visible ones, whatever they are called.
+    names = {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"}
+    check(tmp_path, (2, 1), names, count=3)
+    assert visible_devices((2, 1), names) == "GPU-c,GPU-b"
+
+
+def test_gpus_of_the_ranks_are_refused(tmp_path):
+    said = refusal(tmp_path, (7, 5), TORCHRUN)
+    assert (
+        said.startswith("refit.devices=[7, 5]: training uses GPU 5, with 6 ranks") and "fewer ranks" in said
+    )
+    assert "training uses GPU 0, with 1 rank on" in refusal(tmp_path, (0,))
+    # A scheduler that shows each task its own: it trains there.
+    assert "training uses GPU 0" in refusal(tmp_path, (0,), TORCHRUN, count=1)
+
+
+def test_gpus_that_are_not_there_are_refused(tmp_path):
+    said = refusal(tmp_path, (7, 8), TORCHRUN)
+    assert "has 8 GPUs for this run" in said and "GPU 8 is none of them" in said
+    shown = {"CUDA_VISIBLE_DEVICES": "4,5"}
+    assert "(CUDA_VISIBLE_DEVICES=4,5)" in refusal(tmp_path, (2,), shown, count=2)
+    assert "has 0 GPUs" in refusal(tmp_path, (1,), count=0)
+
+
+def test_the_deepspeed_launcher_hides_the_free_ones_and_they_have_the_machines_numbers(tmp_path):
+    check(tmp_path, (1, 7), DEEPSPEED, count=3)
+    assert visible_devices((1, 7), DEEPSPEED) == "1,7"
+    said = refusal(tmp_path, (1, 3), DEEPSPEED, count=3)
+    assert "training uses GPU 3, with 3 ranks" in said and "--include" in said
+    assert "GPU 8 is none of them" in refusal(tmp_path, (8,), DEEPSPEED, count=3)
+
+
+def test_where_the_driver_says_nothing_the_process_will(tmp_path):
+    check(tmp_path, (9,), DEEPSPEED, count=3, driver=0)
+
+
+def test_only_ranks_of_the_first_machine_judge(tmp_path):
+    check(tmp_path, (0,), launch=Launch(rank=6, local_rank=0, world_size=12, local_world_size=6))
+    refusal(tmp_path, (0,), launch=Launch(rank=5, local_rank=5, world_size=12, local_world_size=6))
+
+
+def test_devices_of_a_run_without_re_fits_do_not_matter(tmp_path):
+    check(tmp_path, (0, 99), mode="off")
+    check(tmp_path, ())
+
+
+def test_a_run_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = run_config((0,))
+    config = config.model_copy(
+        update={"run": config.run.model_copy(update={"folder": str(tmp_path / "run")})}
+    )
+    with pytest.raises(ConfigError, match="training uses GPU 0"):
+        train_from_config(config, read_launch({}), SimpleNamespace(world_size=1), {}, console=None, stop=None)
+    assert not (tmp_path / "run").exists()
