@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from bdtrain.parallel.cpu import install_cpu_shim
 from bdtrain.parallel.launch_environment import RENDEZVOUS, Launch, read_launch, torch_environment
+from bdtrain.parallel.network import INTERFACES, LOOPBACK, name_interface
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -97,6 +98,9 @@ def init_process_group(launch: Launch, *, timeout_s: float = 1800.0, store: dist
             timeout=timeout,
         )
     elif launch.world_size == 1:
+        if INTERFACES[0] not in os.environ:
+            # gloo listens for each group, even of one, and nobody else has business there.
+            name_interface(os.environ, LOOPBACK)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)

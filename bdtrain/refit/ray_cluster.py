@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdtrain.errors import RefitError
+from bdtrain.parallel.network import is_loopback
 from bdtrain.refit.outcome import AUTO, RaySettings, split_address
 from bdtrain.tracking.child import LAUNCHER_PREFIXES, RANK_VARIABLES
 
@@ -117,16 +118,6 @@ def _noted_address(environment: MutableMapping[str, str]) -> str:
         return note.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a numeric address reaches this machine only."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 @contextmanager

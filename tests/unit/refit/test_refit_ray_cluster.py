@@ -26,7 +26,6 @@ from bdtrain.refit.ray_cluster import (
     Process,
     check_loopback,
     end_processes,
-    is_loopback,
     is_loopback_cluster,
     listening_sockets,
     prepare_environment,
@@ -123,17 +122,6 @@ class TestSockets:
             wanted = ListeningSocket(os.getpid(), "127.0.0.1", server.getsockname()[1])
             assert wanted in listening_sockets([os.getpid()])
         assert wanted not in listening_sockets([os.getpid()])
-
-    @pytest.mark.parametrize(
-        ("host", "expected"),
-        [
-            *(("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("::ffff:127.0.0.1", True)),
-            *(("0.0.0.0", False), ("::", False), ("192.0.2.2", False), ("::ffff:192.0.2.2", False)),
-            *(("fe80::1", False), ("localhost", False)),
-        ],
-    )
-    def test_only_loopback_counts_as_loopback(self, host, expected):
-        assert is_loopback(host) is expected
 
     def test_only_sockets_that_listen_and_belong_to_the_session_count(self, proc, tmp_path):
         established = "01"

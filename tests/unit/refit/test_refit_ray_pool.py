@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import bdtrain.refit.ray_group as ray_group
 from bdtrain.diffusion.variance import BlockRecords
 from bdtrain.errors import RefitError
 from bdtrain.parallel.launch_environment import Launch
 from bdtrain.refit.outcome import RaySettings, ShardQueue
-from bdtrain.refit.ray_group import ShardActor, make_launches, name_interface, numeric_host, own_address
+from bdtrain.refit.ray_group import ShardActor, make_launches, numeric_host
 from bdtrain.refit.ray_pool import RaySession, WorkerPool
 
 NEVER = object()
@@ -290,29 +289,10 @@ def test_processes_are_numbered_on_their_machines():
     ]
 
 
-def test_a_process_takes_the_address_by_which_it_reaches_the_head():
-    assert own_address("127.0.0.1") == "127.0.0.1"
-    environment = {"GLOO_SOCKET_IFNAME": "eth7"}
-    name_interface(environment, "127.0.0.1")
-    loopback = environment["GLOO_SOCKET_IFNAME"]
-    assert loopback in {name for _, name in socket.if_nameindex()} and loopback != "eth7"
-    assert environment["NCCL_SOCKET_IFNAME"] == f"={loopback}"
-
-
 def test_the_head_is_known_by_number():
     for address, host in (("10.0.0.9:6379", "10.0.0.9"), ("[::1]:6379", "::1")):
         assert numeric_host(address) == host
     assert numeric_host("localhost:6379") in ("127.0.0.1", "::1")
-
-
-def test_on_a_cluster_what_its_operator_set_stays(monkeypatch):
-    monkeypatch.setattr(ray_group, "_interface_of", {"10.0.0.1": "eth0"}.get)
-    environment = {"GLOO_SOCKET_IFNAME": "eth7"}
-    name_interface(environment, "10.0.0.1")
-    assert environment == {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "=eth0"}
-    unknown = {}
-    name_interface(unknown, "10.0.0.2")
-    assert unknown == {}
 
 
 def test_a_process_is_made_fit_before_it_loads_anything(monkeypatch):
