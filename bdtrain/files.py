@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from pathlib import Path
 
@@ -64,8 +63,10 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
         if end and file.read(1) != b"\n":
             content = b"\n" + content
         try:
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            rest = memoryview(content)
+            while rest:
+                # A part of it is no error by itself: the next call says what is wrong, if anything is.
+                rest = rest[file.write(rest) :]
             if sync:
                 os.fsync(file.fileno())
         except OSError:

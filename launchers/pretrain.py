@@ -11,7 +11,8 @@ def main(arguments: list[str]) -> int:
 
     Returns:
         The exit code: 0 done, or stopped on request and resumable (EXIT.json says which); 3 wrong
-        configuration, 4 not finite, 6 data, 7 checkpoint, 130 interrupted.
+        configuration, 4 not finite, 6 data, 7 checkpoint, 8 a re-fit: its history is damaged, or a rank that
+        the others wait for cannot finish it; 130 interrupted.
     """
     from bdtrain.config import check_paths, parse_command_line, resolve_layout
     from bdtrain.errors import BdtrainError, DataError, RankError, report_failure

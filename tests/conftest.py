@@ -53,7 +53,7 @@ def golden() -> Path:
     return ROOT / "tests" / "golden"
 
 
-# Folders whose tests start processes of their own, as many as there are cores: one at a time.
+# Folders whose tests start processes of their own, which often wait: of each folder one test at a time.
 SEVERAL_PROCESSES = ("distributed", "e2e", "reliability")
 
 
@@ -62,8 +62,8 @@ SEVERAL_PROCESSES = ("distributed", "e2e", "reliability")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests of a GPU and long ones unless ``-m`` names them; say what may run at once.
 
-    With ``-n 2 --dist loadgroup`` one worker has the tests that start processes, one after another, and the
-    other one the rest, file by file: what a file sets up once is set up once.
+    With ``-n 2 --dist loadgroup`` a worker takes a whole file at a time, so that what a file sets up once is
+    set up once, or a whole folder of tests that start processes.
     """
     wanted = config.getoption("-m") or ""
     left_out = [mark for mark in ("gpu", "soak") if mark not in wanted]
@@ -75,5 +75,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
     for item in items:
         folder, *rest = item.path.relative_to(ROOT / "tests").parts
-        group = "processes" if folder in SEVERAL_PROCESSES else "/".join([folder, *rest])
+        group = folder if folder in SEVERAL_PROCESSES else "/".join([folder, *rest])
         item.add_marker(pytest.mark.xdist_group(group))

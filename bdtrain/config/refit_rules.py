@@ -124,6 +124,12 @@ def _devices(refit: RefitConfig) -> Iterator[Problem]:
         yield Problem(
             ("refit.devices",), f"refit.devices={devices}; give the number of each GPU once, 0 or more"
         )
+    elif len(devices) > 1:
+        yield Problem(
+            ("refit.devices",),
+            f"refit.devices={devices} names {len(devices)} GPUs, and a process measures on one; name one "
+            "(for several: placement=ray with refit.worker_gpus=1 and refit.workers)",
+        )
 
 
 def _plan(config: RunConfig) -> Iterator[Problem]:

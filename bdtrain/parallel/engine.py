@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdtrain.errors import RankError
+from bdtrain.errors import BdtrainError, DataError, RankError
 from bdtrain.model.transformer import TwoStreamTransformer
 from bdtrain.parallel.cpu import schedule_device_context
 from bdtrain.parallel.fragments import StateFragment
@@ -120,7 +120,9 @@ class Engine:
 
         self._zero_stage = zero_stage
         self._client_optimizer = optimizer
-        self._tp_group = model.pg_collection.tp
+        groups = model.pg_collection
+        self._tp_group = groups.tp
+        self._ranks = groups.tp.size() * groups.pp.size() * groups.dp.size()
         zero_description = zero_state(model, stage=zero_stage)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False
@@ -210,6 +212,10 @@ class Engine:
         Yields:
             Whether there is an average: none is kept without ``optim.ema_decay``, nor before the first
             update.
+
+        Raises:
+            BaseException: what the block raises. The weights are given back first if that is an error of ours
+                which all ranks meet, or there is one rank; otherwise they are not, and the run must end.
         """
         masters = self._state.masters()
         averaged = self._applied and any(AVERAGE_KEY in self._client_optimizer.state[m] for m in masters)
@@ -220,10 +226,12 @@ class Engine:
         self._set_masters([self._client_optimizer.state[master][AVERAGE_KEY] for master in masters])
         try:
             yield True
-        except RankError:
-            raise  # to publish weights is a collective, and the peers are in another one
-        except BaseException:
-            self._set_masters(kept)
+        except BaseException as error:
+            # To publish weights is a collective. With an error that one rank met alone (``DataError``: its
+            # disk refused) the peers are in another one.
+            alone = not isinstance(error, BdtrainError) or isinstance(error, (DataError, RankError))
+            if self._ranks == 1 or not alone:
+                self._set_masters(kept)
             raise
         self._set_masters(kept)
 

@@ -87,13 +87,16 @@ def _split(heard: IO[bytes]) -> tuple[str, str]:
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
     """End a process that still runs: asked first, because its Ray has things to put away."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-    if process.poll() is None:
-        process.kill()
-    process.wait()
+    try:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+    finally:
+        # Who is asked a second time meanwhile waits no longer, and leaves nothing behind.
+        if process.poll() is None:
+            process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager

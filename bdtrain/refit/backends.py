@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from typing import TYPE_CHECKING
 
 from bdtrain.config import RunConfig
@@ -31,17 +32,22 @@ def settle_placement(config: RunConfig, *, on_gpus: bool) -> tuple[str, str]:
     refit = config.refit
     if refit.mode == "off":
         return "inline", "nothing to do"
-    if refit.placement == "auto":
-        if refit.ray_address != "local":
-            chosen, why = "ray", f"refit.ray_address={refit.ray_address} names a cluster"
-        elif refit.devices:
-            chosen, why = "process", f"refit.devices={list(refit.devices)} are free for it"
-        elif on_gpus:
-            chosen, why = "inline", "the GPUs are busy with training, and one pass is short"
-        else:
-            chosen, why = "process", "one more process beside the trainer; no cluster is named"
+    chosen = known_placement(refit)
+    if chosen == "auto":
+        chosen = "inline" if on_gpus else "process"
+        why = (
+            "the GPUs are busy with training, and one pass is short"
+            if on_gpus
+            else "one more process beside the trainer; no cluster is named"
+        )
+    elif refit.placement == "auto":
+        why = (
+            f"refit.ray_address={refit.ray_address} names a cluster"
+            if chosen == "ray"
+            else f"refit.devices={list(refit.devices)} are free for it"
+        )
     else:
-        chosen, why = refit.placement, "as refit.placement says"
+        why = "as refit.placement says"
     if refit.lag_steps == 0 and not refit.wait and chosen != "inline":
         raise ConfigError(
             f"refit.lag_steps=0 with placement {chosen} ({why}): its plan would always come too late; set "
@@ -78,7 +84,7 @@ def training_share(config: RunConfig, placement: str, *, on_gpus: bool, ranks: i
 
 
 def choose_measure(config: RunConfig, shared: SharedSession | None = None) -> Measure:
-    """What measures the blocks in a process of its own.
+    """What measures the blocks in a process of its own, for a re-fit that begins now.
 
     Args:
         config: of the run.
@@ -92,4 +98,5 @@ def choose_measure(config: RunConfig, shared: SharedSession | None = None) -> Me
     settle_placement(config, on_gpus=False)
     from bdtrain.refit.ray_backend import measure_refit
 
-    return lambda request: measure_refit(request, config, shared)
+    began = time.monotonic()
+    return lambda request: measure_refit(request, config, shared, began)

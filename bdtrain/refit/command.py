@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdtrain.config import RunConfig, load_config, positive_int
-from bdtrain.config.refit_rules import refit_without_effect
+from bdtrain.config.refit_rules import known_placement, refit_without_effect
 from bdtrain.config.schema import RefitConfig
 from bdtrain.config.sources import read_overrides
-from bdtrain.errors import BdtrainError, RefitError, report_failure
+from bdtrain.errors import BdtrainError, ConfigError, RefitError, report_failure
 from bdtrain.refit.apart import GRACE_S, exit_on_request, refit_command, run_apart
+from bdtrain.refit.deadline import deadline
 
 if TYPE_CHECKING:
     from bdtrain.refit.job import Refit
@@ -40,6 +39,7 @@ examples:
 
 Settings are those of the run; refit.KEY=VALUE replaces one. A checkpoint of a sweep that fails, or takes
 longer than refit.deadline_s, is told, the others are made, and the exit code is that of the first failure.
+On Ray, one that hangs in a library and hears no error ends the sweep.
 """
 
 POLL_S = 5.0
@@ -190,7 +190,7 @@ def _wants_ray(checkpoint: Path, options: argparse.Namespace) -> bool:
 
 def _refit(
     snapshot: Path, folder: Path, options: argparse.Namespace, shared: SharedSession | None = None
-) -> Refit:
+) -> None:
     """Make one re-fit and say what came of it."""
     from bdtrain.checkpoint.folders import CONFIG
     from bdtrain.checkpoint.manifest import verify_file
@@ -200,7 +200,9 @@ def _refit(
     config = _configured(verify_file(snapshot, CONFIG), options.overrides)
     measure = choose_measure(config, shared)
     sizes = tuple(_sizes(options.block_sizes))
-    with _deadline(config):
+    refit: Refit | None = None
+    alone = options.checkpoint is None or options.one_of_sweep
+    with deadline(config.refit.deadline_s, folder, alone=alone):
         from bdtrain.refit.job import run_refit
 
         refit = run_refit(
@@ -212,16 +214,17 @@ def _refit(
             device=options.device or ("cuda" if config.refit.worker_gpus else "cpu"),
             data_path=None if options.data is None else str(options.data),
         )
-    print(refit.describe())
-    print(f"wrote {refit.folder}", flush=True)
-    return refit
+    if refit is not None:
+        print(refit.describe())
+    print(f"wrote {folder}", flush=True)
 
 
 def _configured(path: Path, overrides: Sequence[str]) -> RunConfig:
     """A run's configuration with other settings of the re-fit.
 
     A resolved configuration names every setting that had an effect in the run. Those that have none under the
-    new settings are dropped; only what is given here must have one.
+    new settings are dropped; only what is given here must have one. A run that makes no re-fits itself is
+    searched as with ``refit.mode=clip``, and all rules of that hold.
 
     Raises:
         ConfigError: for a setting that is unknown, wrong, or without effect.
@@ -229,15 +232,50 @@ def _configured(path: Path, overrides: Sequence[str]) -> RunConfig:
     given = {key: origin.value for layer in read_overrides(overrides) for key, origin in layer.values.items()}
     own = {key.removeprefix("refit."): value for key, value in given.items()}
     config = load_config([path]).config
+    values = {**config.refit.model_dump(), **own}
     try:
-        refit = RefitConfig.model_validate({**config.refit.model_dump(), **own})
+        # null takes a value back: the default counts.
+        refit = RefitConfig.model_validate({key: one for key, one in values.items() if one is not None})
     except ValueError:
         return load_config([path], overrides).config  # which says what is wrong
-    changed = config.model_copy(update={"refit": refit})
+    words = list(overrides)
+    # What draws no noise is refused by who reads its plan.
+    searches = refit.mode == "off" and config.diffusion.algo != "ar"
+    if searches:
+        refit = refit.model_copy(update={"mode": "clip"})
+        words = [*(text for text in words if not text.startswith("refit.mode=")), "refit.mode=clip"]
+    idle = _idle(config.model_copy(update={"refit": refit}), given, dormant=config.refit.mode == "off")
+    try:
+        return load_config([path], [*words, *(f"{key}=null" for key in idle)]).config
+    except ConfigError as error:
+        if not searches:
+            raise
+        raise ConfigError(
+            f"{error}\nthe run has refit.mode=off, and by hand it is searched as with refit.mode=clip; the "
+            "other choice is refit.mode=counts"
+        ) from error
+
+
+def _idle(config: RunConfig, given: Collection[str], *, dormant: bool) -> list[str]:
+    """Settings of the run that mean nothing to a re-fit by hand, or under what is given for it.
+
+    Args:
+        config: of the run, with what is given.
+        given: keys of that.
+        dormant: whether the run makes no re-fits, so that nothing checked its settings of them.
+    """
+    refit = config.refit
     # When a plan is used is the trainer's business: nothing comes too late here.
-    idle = {"refit.lag_steps", "refit.wait"}.union(*(keys for _, _, keys in refit_without_effect(changed)))
-    idle -= set(given)
-    return load_config([path], [*overrides, *(f"{key}=null" for key in sorted(idle))]).config
+    idle = {"refit.lag_steps", "refit.wait"}
+    placement = known_placement(refit)
+    if (dormant or placement != "process") and "refit.devices" not in given:
+        # The trainer's, too: CUDA_VISIBLE_DEVICES says which GPU it is.
+        idle.add("refit.devices")
+        refit = refit.model_copy(update={"devices": ()})
+    if placement != "ray" and not {"refit.placement", "refit.ray_address"}.isdisjoint(given):
+        idle |= {"refit.worker_tp", "refit.worker_gpus"}
+    changed = config.model_copy(update={"refit": refit})
+    return sorted(idle.union(*(keys for _, _, keys in refit_without_effect(changed))) - set(given))
 
 
 def _sizes(text: str | None) -> list[int]:
@@ -265,11 +303,11 @@ def _watch(options: argparse.Namespace) -> int:
             for step, snapshot in list_checkpoints(snapshots_folder(options.run)):
                 folder = result_folder(options.run, step)
                 try:
-                    # A run that begins anew comes to the same step with another snapshot.
-                    this = step, snapshot_digest(snapshot)
-                except FileNotFoundError:
-                    continue  # deleted this moment: it is an old one
-                try:
+                    try:
+                        # A run that begins anew comes to the same step with another snapshot.
+                        this = step, snapshot_digest(snapshot)
+                    except FileNotFoundError:
+                        continue  # deleted this moment: it is an old one
                     if this in tried or (folder / SCHEDULE_FILE).exists():
                         continue
                     tried.add(this)
@@ -310,27 +348,3 @@ def _settings(options: argparse.Namespace) -> list[str]:
         if getattr(options, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     return [*words, *options.overrides]
-
-
-class _deadline:  # noqa: N801 - used as a function
-    """End this process when a re-fit takes longer than ``refit.deadline_s``."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self._limit_s = config.refit.deadline_s
-        self._timer = threading.Timer(self._limit_s, self._end)
-        self._timer.daemon = True
-
-    def _end(self) -> None:
-        print(
-            f"error: the re-fit took longer than refit.deadline_s={self._limit_s:g}; nothing was written",
-            file=sys.stderr,
-            flush=True,
-        )
-        # What hangs in a library does not hear an exception.
-        os._exit(RefitError.exit_code)
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()

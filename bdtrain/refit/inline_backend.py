@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from bdtrain.checkpoint.communicator import Communicator
 from bdtrain.config import RunConfig
 from bdtrain.data.loader import ValidationSet
-from bdtrain.data.source import Source
+from bdtrain.data.source import Row, Source
 from bdtrain.diffusion.build import build_objective
 from bdtrain.diffusion.plan import NoisePlan, evaluation_plan
 from bdtrain.diffusion.variance import BlockRecords
@@ -33,7 +35,7 @@ def refit_inline(
     step: int,
     version: int,
     device: torch.device,
-    first: bool,
+    communicator: Communicator,
 ) -> None:
     """Measure on all ranks and publish on the first.
 
@@ -47,18 +49,21 @@ def refit_inline(
         step: batches taken.
         version: of the schedule.
         device: where the model is.
-        first: whether this is rank 0.
+        communicator: all ranks.
 
     Raises:
-        BdtrainError: if too little could be measured, or a loss is not finite; on rank 0 also for the search.
+        RefitError: if a row cannot be read, too little could be measured, or a loss is not finite: on every
+            rank. For the search and the disk on rank 0 alone, which no collective waits for then.
         RankError: as ``measure_together``.
-        OSError: if the disk refuses, on rank 0.
     """
     started = time.monotonic()
     request = make_request(
         config, snapshot="", rows=source.num_samples, block_sizes=(current.block_size,), device=device.type
     )
-    groups = model.pg_collection
+    numbers = {
+        number for rows in request.sequences for number in ValidationSet(source, max_sequences=rows).numbers
+    }
+    read = read_together(lambda: RowsInMemory(source, sorted(numbers)), communicator)
 
     def measure() -> dict[int, BlockRecords]:
         records = {}
@@ -67,7 +72,7 @@ def refit_inline(
             records[size] = measure_blocks(
                 model,
                 build_objective(settings, config.data, source.tokenizer_info, evaluation_plan(size)),
-                ValidationSet(source, max_sequences=rows),
+                ValidationSet(read, max_sequences=rows),
                 batch_size=request.batch_sequences,
                 seed=request.seed,
                 device=device,
@@ -75,11 +80,9 @@ def refit_inline(
         return records
 
     records = measure_together(
-        measure,
-        batch_sequences=request.batch_sequences,
-        ranks=groups.tp.size() * groups.pp.size() * groups.dp.size(),
+        measure, batch_sequences=request.batch_sequences, ranks=communicator.world_size
     )
-    if not first:
+    if communicator.rank != 0:
         return
     measured = time.monotonic()
     try:
@@ -88,11 +91,12 @@ def refit_inline(
         schedule = make_schedule(results, current, run_uid=run_uid, step=step, digest="", version=version)
         said = {"backend": "inline"}
         report = publish(folder, schedule, results, request=request, seconds=seconds, measurement=said)
-    except (BdtrainError, OSError):
+    except RefitError:
         raise
     except Exception as error:
         # On this rank alone, and without collectives: the run goes on with the plan it has.
-        raise RefitError(f"the search failed ({type(error).__name__}: {error})") from error
+        what = "its result could not be written" if isinstance(error, OSError) else "the search failed"
+        raise RefitError(f"{what} ({_words(error)})") from error
     if config.refit.gradient_variance:
         # The others wait at the next collective meanwhile.
         add_gradients(
@@ -111,30 +115,80 @@ def refit_inline(
         )
 
 
+class RowsInMemory:
+    """Rows of a source that were read already: no disk can refuse one to a single rank during a pass.
+
+    Args:
+        source: of the rows.
+        numbers: of those that will be asked for.
+    """
+
+    def __init__(self, source: Source, numbers: Iterable[int]) -> None:
+        self.seq_len, self.num_samples = source.seq_len, source.num_samples
+        self.tokenizer_info, self.byte_lengths = source.tokenizer_info, source.byte_lengths
+        self.fingerprint = source.fingerprint
+        self._source = source
+        # Copied: a row may be a view of a file.
+        self._rows = {number: np.array(source.row(number)) for number in numbers}
+
+    def sample(self, position: int) -> Row:
+        """The source's."""
+        return self._source.sample(position)
+
+    def row(self, number: int) -> Row:
+        """A row that was read."""
+        return self._rows[number]
+
+
+def read_together(read: Callable[[], Source], communicator: Communicator) -> Source:
+    """Let each rank read for itself, and go on only if none of them met a problem.
+
+    Args:
+        read: does it.
+        communicator: all ranks.
+
+    Raises:
+        RefitError: the same on every rank, with what the first of those that failed met.
+    """
+    found, problem = None, ""
+    try:
+        found = read()
+    except Exception as error:
+        problem = _words(error)
+    problems = [(rank, text) for rank, text in enumerate(communicator.gather_objects(problem)) if text]
+    if found is None or problems:
+        rank, text = problems[0]
+        others = f", as {len(problems) - 1} others" if problems[1:] else ""
+        raise RefitError(f"rank {rank} could not read the held-out rows of the re-fit{others} ({text})")
+    return found
+
+
 def measure_together(
     measure: Callable[[], dict[int, BlockRecords]], *, batch_sequences: int, ranks: int
 ) -> dict[int, BlockRecords]:
     """A pass in which all ranks take part. What it took on this rank is free again when it fails.
 
     Args:
-        measure: does it; an error of ours that it raises is the same on every rank.
+        measure: does it; an error of ours that it raises is the same on every rank, since it reads no disk.
         batch_sequences: rows of a forward pass.
         ranks: that take part.
 
     Raises:
-        RefitError: on a single rank, for whatever went wrong: it costs the re-fit alone.
+        RefitError: on a single rank, for whatever went wrong, and on all for an error of ours: it costs the
+            re-fit alone.
         RankError: on one of several, for want of memory or of the disk: the others are in a collective that
             it will not come to.
     """
     try:
         return measure()
-    except BdtrainError:
-        raise
+    except BdtrainError as error:
+        # Not a DataError: of several ranks that is what one of them met alone, and the run's end.
+        raise RefitError(str(error)) from error
     except Exception as error:
         memory = is_out_of_memory(error)
         if ranks > 1 and not memory and not isinstance(error, OSError):
             raise  # it ends the run as in a step: with the traceback, or because a peer is gone
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'}"
+        reason = _words(error)
     # Out here nothing refers to the frames of the pass, nor to the tensors in them.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -157,6 +211,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the machine or of a GPU, was not enough."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    # What PyTorch says of a CPU's.
-    words = ("not enough memory", "can't allocate memory", "out of memory")
+    # What PyTorch says of a CPU's; what CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED), and newer ones, say.
+    words = (
+        "not enough memory",
+        "can't allocate memory",
+        "out of memory",
+        "alloc_failed",
+        "allocation_failed",
+    )
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def _words(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'}"

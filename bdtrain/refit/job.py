@@ -13,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bdtrain.checkpoint.weights import SavedModel, open_model
 from bdtrain.config import DataConfig, RunConfig
@@ -93,13 +94,14 @@ def run_refit(
         data_path: corpus in place of the run's.
 
     Raises:
-        RefitError: if another re-fit is at work in that folder, or too little could be measured.
+        RefitError: if another re-fit is at work in that folder, or the run has begun anew since, or too
+            little could be measured.
         CheckpointError: if the snapshot is damaged.
         DataError: if the held-out text cannot be read.
     """
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder):
+    with only_one(folder) as lock:
         saved = open_model(snapshot)
         digest = snapshot_digest(snapshot)
         config = config or saved.config
@@ -120,6 +122,7 @@ def run_refit(
         measured = time.monotonic()
         results = judge(records, current, config)
         _check_same(snapshot, digest)
+        check_held(folder, lock)
         seconds = {
             "open": opened - started,
             "measure": measured - opened,
@@ -135,7 +138,13 @@ def run_refit(
         )
         report = publish(folder, schedule, results, request=request, seconds=seconds, measurement=said)
         if config.refit.gradient_variance:
-            add_gradients(folder, report, lambda: _report_gradients(request, results))
+
+            def gradients() -> dict[str, Any]:
+                found = _report_gradients(request, results)
+                check_held(folder, lock)
+                return found
+
+            add_gradients(folder, report, gradients)
     return Refit(schedule, results, folder, seconds)
 
 
@@ -148,6 +157,29 @@ def _check_same(snapshot: Path, digest: str) -> None:
     with contextlib.suppress(OSError):
         if snapshot_digest(snapshot) != digest:
             raise RefitError(f"{snapshot} is another one than was measured; nothing was written")
+
+
+def check_held(folder: Path, lock: IO[str]) -> None:
+    """Refuse to write into a folder that has taken the place of the one which was locked.
+
+    A re-fit may outlive a trainer that was killed, and the run may have begun anew since: its re-fits were
+    given another name (``snapshot.set_aside``), and the lock went with them.
+
+    Args:
+        folder: where the results go.
+        lock: from ``only_one``.
+
+    Raises:
+        RefitError: if the lock of that folder is another one, or there is none.
+    """
+    there = None
+    with contextlib.suppress(FileNotFoundError):
+        there = os.stat(folder / LOCK_FILE)
+    if there is None or not os.path.samestat(there, os.fstat(lock.fileno())):
+        raise RefitError(
+            f"{folder} is another one than this re-fit began in: the run has begun anew since, and "
+            "nothing was written"
+        )
 
 
 def _report_gradients(request: RefitRequest, results: Mapping[int, SearchResult]) -> dict[str, Any]:
@@ -332,8 +364,11 @@ def join_shards(
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def only_one(folder: Path) -> Iterator[IO[str]]:
     """Keep a second re-fit out of a folder; the lock goes with the process that holds it.
+
+    Yields:
+        The lock.
 
     Raises:
         RefitError: if one is at work there.
@@ -345,7 +380,7 @@ def only_one(folder: Path) -> Iterator[None]:
             raise RefitError(
                 f"another re-fit is at work in {folder}; wait for it, or end it, and see its log.txt"
             ) from error
-        yield
+        yield file
 
 
 def is_at_work(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from bdtrain.errors import RefitError
+from bdtrain.refit.deadline import time_limit
 from bdtrain.refit.outcome import RaySettings, ShardOutcome, ShardQueue, required_shards, split_address
 from bdtrain.refit.ray_cluster import (
     Process,
@@ -57,7 +58,10 @@ _HEADS = ("gcs_server", "raylet")
 
 
 def measure_refit(
-    request: RefitRequest, config: RunConfig, shared: SharedSession | None = None
+    request: RefitRequest,
+    config: RunConfig,
+    shared: SharedSession | None = None,
+    began: float | None = None,
 ) -> tuple[dict[int, BlockRecords], dict[str, Any]]:
     """Measure a re-fit as its settings say.
 
@@ -65,17 +69,26 @@ def measure_refit(
         request: what to measure.
         config: with the settings of the re-fit.
         shared: the session to use; None starts one and ends it.
+        began: when the re-fit did, on the monotonic clock; None: now.
 
     Returns:
         Records by block size, and what is to be said of the measurement in the report.
 
     Raises:
-        RefitError: as ``measure_on_ray``.
+        RefitError: as ``measure_on_ray``, and if no time is left.
     """
     # Here: what only measures on Ray does without torch.
     from bdtrain.refit.job import join_shards
 
     refit = config.refit
+    # Who reads and hashes a large model has used a part of it.
+    used_s = 0.0 if began is None else time.monotonic() - began
+    left_s = MEASURE_SHARE * refit.deadline_s - used_s
+    if left_s <= 0:
+        raise RefitError(
+            f"the snapshot was read for {used_s:.0f} s, which leaves nothing of refit.deadline_s="
+            f"{refit.deadline_s:g} to measure it; give it more time"
+        )
     settings = RaySettings(
         address=refit.ray_address,
         num_workers=refit.workers,
@@ -86,7 +99,7 @@ def measure_refit(
     outcome = measure_on_ray(
         request,
         settings,
-        deadline_s=MEASURE_SHARE * refit.deadline_s,
+        deadline_s=left_s,
         quorum=refit.quorum,
         log=lambda line: print(line, flush=True),
         shared=shared,
@@ -312,7 +325,7 @@ def _connect(ray: Any, settings: RaySettings, options: dict[str, Any], deadline:
         )
     previous = signal.getsignal(signal.SIGTERM)
     try:
-        with _time_limit(limit_s, late):
+        with time_limit(limit_s, lambda: late):
             ray.init(**options)
     except RefitError:
         raise
@@ -335,28 +348,9 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: float, error: Exception) -> Iterator[None]:
-    """Raise ``error`` in the middle of a call of Ray that takes too long; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(*_: object) -> None:
-        raise error
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
 def _leave(ray: Any) -> None:
     """Disconnect; what cannot be said to a dead head is not said."""
-    with contextlib.suppress(TimeoutError), _time_limit(_LEAVE_S, TimeoutError()):
+    with contextlib.suppress(TimeoutError), time_limit(_LEAVE_S, TimeoutError):
         ray.shutdown()
 
 

@@ -37,7 +37,7 @@ class ShardActor:
 
     def place(
         self, threads: int | None, use_gpu: bool, head: str, listen: bool
-    ) -> tuple[str, int, tuple[str, int]]:
+    ) -> tuple[tuple[str, int, tuple[str, int]] | None, str, str]:
         """Make the process fit for a worker, before its libraries are imported.
 
         Args:
@@ -47,7 +47,8 @@ class ShardActor:
             listen: whether others that share the model meet at this process.
 
         Returns:
-            Name of the machine, number of the process, and where the others meet (nowhere: "", 0).
+            Name of the machine, number of the process, and where the others meet (nowhere: "", 0); then a
+            line and a traceback that say why it cannot be one of them, empty if it can.
         """
         strip_launch_environment(os.environ)
         if not use_gpu:
@@ -55,15 +56,18 @@ class ShardActor:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(threads)
-        # Alone, too: gloo listens for each process group, even of one.
-        address = own_address(head)
-        name_interface(os.environ, address)
         meeting = ("", 0)
-        if listen:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            self._listener = socket.create_server((address, 0), family=family)
-            meeting = address, self._listener.getsockname()[1]
-        return socket.gethostname(), os.getpid(), meeting
+        try:
+            # Alone, too: gloo listens for each process group, even of one.
+            address = own_address(head)
+            name_interface(os.environ, address)
+            if listen:
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                self._listener = socket.create_server((address, 0), family=family)
+                meeting = address, self._listener.getsockname()[1]
+        except Exception as error:
+            return None, describe_error(error), traceback.format_exc()
+        return (socket.gethostname(), os.getpid(), meeting), "", ""
 
     def load(
         self, worker: str, request: dict[str, Any], threads: int | None, launch: Launch | None

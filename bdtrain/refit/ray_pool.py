@@ -137,7 +137,7 @@ class WorkerPool:
             except Exception as error:
                 self._lost(group, _describe_death(error))
                 continue
-            if group.step != "placing" and value[1]:
+            if value[1]:
                 self._refused(group, call, *value[1:])
             elif (answers := group.take(call, value)) is not None:
                 self._take(group, answers)
@@ -146,7 +146,8 @@ class WorkerPool:
         """Go on with a worker whose processes have all done what was asked."""
         if group.step == "placing":
             self._placed = True
-            group.load(self._worker, self._request.to_dict(), self._request.threads, answers)
+            placed = [place for place, _, _ in answers]
+            group.load(self._worker, self._request.to_dict(), self._request.threads, placed)
             self._session.check_sockets()
             self._log(f"worker in {group.where}")
             return
@@ -165,6 +166,8 @@ class WorkerPool:
     def _refused(self, group: WorkerGroup, call: Any, reason: str, trace: str) -> None:
         """A process said why it could not do what was asked."""
         self._log(trace)
+        # Where it is now there was room for it.
+        self._placed = True
         del group.pending[call]
         if group.step == "measuring" and group.size == 1:
             self._failed(group, reason)

@@ -98,7 +98,7 @@ class Sweep:
         else:
             self.rows += [row for row, _ in found]
             if self._runs is not None:
-                self._runs.add([nested_run(row, name, record, began) for row, record in found])
+                self._runs.add([nested_run(row, name, report, began) for row, report in found])
         self._write(complete=False)
 
     def end(self, *, complete: bool) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bdtrain.refit.sweep_table import NOTE_CHARACTERS, SweepRow, format_note
+from bdtrain.tracking.json_files import section
 from bdtrain.tracking.mlflow import FAILED, FINISHED, NestedRun, NestedRuns, quiet_environment
 from bdtrain.tracking.pictures import draw_refit
-from bdtrain.tracking.refits import Plot, plot_variance
+from bdtrain.tracking.refits import Plot, by_size, gradient_metrics, plot_variance
 from bdtrain.tracking.refits import Refit as ShownRefit
 from bdtrain.tracking.run_files import REFIT_REPORT
 from bdtrain.tracking.spool import Point, redact
@@ -91,29 +92,39 @@ class SweepRuns:
         return True
 
 
-def nested_run(row: SweepRow, name: str, record: Mapping[str, Any], began: float) -> NestedRun:
+def nested_run(row: SweepRow, name: str, report: Mapping[str, Any], began: float) -> NestedRun:
     """The run of one checkpoint and block size.
 
     Args:
         row: of the table.
         name: of the checkpoint's results.
-        record: of the search, as the report has it.
+        report: of the re-fit.
         began: seconds since 1970 at which the re-fit began.
     """
     now_ms = round(time.time() * 1000)
-    points = [Point(name, value, now_ms, row.step) for name, value in _metrics(row).items()]
-    plot = plot_variance(record, row.block_size)
+    size = row.block_size
+    metrics = {**_metrics(row), **gradient_metrics(report, size)}
+    points = [Point(name, value, now_ms, row.step) for name, value in metrics.items()]
+    record = section(section(report, "results"), str(size))
+    gradients = by_size(section(report, "gradients")).get(size)
+    plot = plot_variance(record, size)
 
     def draw(aside: Path) -> list[Path]:
-        shown = ShownRefit(row.step, None, f"{row.winner} is best", results={row.block_size: record})
+        shown = ShownRefit(
+            row.step,
+            None,
+            f"{row.winner} is best",
+            results={size: record},
+            gradients={} if gradients is None else {size: gradients},
+        )
         try:
-            return draw_refit(shown, aside / f"variance-L{row.block_size}")
+            return draw_refit(shown, aside / f"variance-L{size}")
         except Exception as error:
-            print(f"no picture of {name}, block size {row.block_size}: {error!r}", flush=True)
+            print(f"no picture of {name}, block size {size}: {error!r}", flush=True)
             return []
 
     return NestedRun(
-        name=f"{name}-L{row.block_size}",
+        name=f"{name}-L{size}",
         status=FINISHED,
         began_ms=round(began * 1000),
         params={

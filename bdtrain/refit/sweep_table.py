@@ -74,7 +74,7 @@ def read_rows(checkpoint: Path, folder: Path) -> list[tuple[SweepRow, Mapping[st
         folder: of its results.
 
     Returns:
-        Each row, and the record of its search.
+        Each row, and the report that it stands in.
 
     Raises:
         RefitError: if the report cannot be read.
@@ -82,9 +82,7 @@ def read_rows(checkpoint: Path, folder: Path) -> list[tuple[SweepRow, Mapping[st
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
         results = {int(size): result for size, result in report["results"].items()}
-        return [
-            (_row(checkpoint, folder, report, size, results[size]), results[size]) for size in sorted(results)
-        ]
+        return [(_row(checkpoint, folder, report, size, results[size]), report) for size in sorted(results)]
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise RefitError(
             f"{folder / REPORT_FILE} cannot be read ({error!r}); make this re-fit again"

@@ -81,7 +81,6 @@ def train_from_config(
     """
     check_ranks(config, layout.world_size)
     settle_placement(config, on_gpus=torch.cuda.is_available())
-    check_devices(config, launch, environment, count=torch.cuda.device_count())
     faults = Faults.from_environment(environment, launch.rank)
     folder = Path(config.run.folder)
     lock = RunLock(folder, tell=console.line)
@@ -91,6 +90,8 @@ def train_from_config(
         groups = init_groups(launch, tp=layout.tp, pp=layout.pp)
         stack.push(_destroy)
         communicator = TorchCommunicator(host_group())
+        count = torch.cuda.device_count()
+        on_first_rank(communicator, lambda: check_devices(config, launch, environment, count=count))
         if launch.rank == 0:
             stack.callback(leave_unstarted, folder)
             stack.callback(lock.release)

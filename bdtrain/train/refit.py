@@ -343,13 +343,8 @@ class ScheduleRefit:
             # A network disk may refuse even to look; the other ranks wait for an answer.
             why = f"its schedule could not be looked for ({error.strerror or error})"
             outcome = replace(kept, reason=why)
+        self._tell_missing_gradients(outcome)
         if self._child is not None:
-            asked = self._settings.gradient_variance and outcome.outcome in ("adopted", "kept")
-            if asked and "sched/gradient_variance" not in outcome.metrics and self._child.running:
-                self._hooks.tell(
-                    f"re-fit of step {outcome.snapshot_step}: its gradients were not done in time and are "
-                    "left out; give them a larger refit.lag_steps, or refit.wait=true"
-                )
             self._child.kill()
             self._child = None
         try:
@@ -359,6 +354,27 @@ class ScheduleRefit:
             why = f"its outcome could not be written ({error.strerror or error})"
             return replace(kept, reason=why)
         return outcome
+
+    def _tell_missing_gradients(self, outcome: RefitOutcome) -> None:
+        """Say that a plan comes without its gradients, where nothing else says it."""
+        asked = self._settings.gradient_variance and outcome.outcome in ("adopted", "kept")
+        if not asked or "sched/gradient_variance" in outcome.metrics or self._placement == "inline":
+            return
+        child = self._child
+        # What an earlier attempt left at work, or a watcher, counts, too.
+        if (child is not None and child.running) or is_at_work(
+            result_folder(self._run, outcome.snapshot_step)
+        ):
+            advice = "give them a larger refit.lag_steps" + (", or refit.wait=true" if child else "")
+        elif child is None and self._placement != "external":
+            # The schedule was there when the run was continued: nobody was started for the rest.
+            advice = "the attempt that began them is over"
+        else:
+            return  # they failed, and who made them said why
+        self._hooks.tell(
+            f"re-fit of step {outcome.snapshot_step}: its gradients were not done in time and are left out; "
+            f"{advice}"
+        )
 
     def _judge(self, pending: Mapping[str, Any], kept: RefitOutcome) -> RefitOutcome:
         folder = result_folder(self._run, pending["snapshot_step"])

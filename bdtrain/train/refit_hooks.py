@@ -66,7 +66,7 @@ def make_refit(trainer: Trainer) -> ScheduleRefit:
                 step=trainer.progress.step,
                 version=version,
                 device=torch.device(parts.device),
-                first=parts.communicator.rank == 0,
+                communicator=parts.communicator,
             )
 
     def expected() -> str:

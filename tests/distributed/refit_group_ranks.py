@@ -74,7 +74,10 @@ class Worker:
 
         size = len(self.lines)
         listen = [size > 1 and rank == 0 for rank in range(size)]
-        placed = self.ask("place", [(1, False, "127.0.0.1", first) for first in listen])
+        answers = self.ask("place", [(1, False, "127.0.0.1", first) for first in listen])
+        for _, _, trace in answers:
+            assert not trace, trace
+        placed = [place for place, _, _ in answers]
         launches = make_launches([host for host, _, _ in placed], placed[0][2])
         loaded = self.ask(
             "load", [("bdtrain.refit.worker:RefitWorker", request.to_dict(), 1, one) for one in launches]

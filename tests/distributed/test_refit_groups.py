@@ -35,9 +35,8 @@ def test_processes_that_share_a_model_measure_what_one_process_does(found):
 
 
 def test_two_such_workers_give_the_same_bits(found):
+    # Floats of JSON are those that were written.
     assert found["first"] == found["second"]
-    # Floats of JSON are those that were written; sums in another order would differ somewhere.
-    assert found["first"] != found["single"]
 
 
 def test_they_listen_on_loopback_alone(found):

@@ -56,7 +56,7 @@ def test_a_run_fits_its_plan_in_a_process_beside_it(trained):
     assert json.loads((folder / "summary.json").read_text())["goodput"]["refit_seconds"] > 0
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<figcaption>How often mask counts are drawn, block size 4 ") == 1
-    assert "fitted (adopted)" in page and "uniform = in use before" in page
+    assert "fitted (better)" in page and "uniform = in use before" in page
     facts = json.loads((folder / "checkpoint" / "facts.json").read_text())
     assert facts["noise_plan"] == line["plan"]
 

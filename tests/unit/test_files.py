@@ -1,5 +1,6 @@
 """Lines that are appended: whole or not at all, whatever a crash or a full disk left before."""
 
+import errno
 import resource
 
 import pytest
@@ -25,16 +26,18 @@ def test_a_line_that_a_crash_tore_gets_an_end_of_its_own(tmp_path, torn):
 @pytest.mark.parametrize("sync", [False, True])
 @pytest.mark.parametrize("room", [0, 1, 7])
 def test_a_disk_that_is_full_in_the_middle_of_a_line_keeps_nothing_of_it(tmp_path, room, sync):
-    """A system call that writes a part of a line is no error by itself."""
+    """A call that writes a part of a line is no error by itself; the next one is."""
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b"whole\nto")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError) as caught:
             append_line(path, "a line of some length", sync=sync)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # What the system says, not a guess.
+    assert caught.value.errno == errno.EFBIG
     assert path.read_bytes() == b"whole\nto"
     append_line(path, "next")
     assert path.read_bytes() == b"whole\nto\nnext\n"

@@ -161,6 +161,30 @@ def run_command(options: argparse.Namespace, name: str, seed: int) -> list[str]:
     return [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--config", str(config), *settings]
 
 
+def check_same(options: argparse.Namespace) -> None:
+    """Refuse to mix runs of different experiments in a folder.
+
+    Raises:
+        ComparisonError: naming what differs.
+    """
+    names = ("base", "corpus", "block_size", "steps", "sequences")
+    now = {name: str(getattr(options, name)) for name in names}
+    path = options.out / "comparison.json"
+    if not path.exists():
+        path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name}: {before.get(name)} there, {now[name]} now"
+        for name in names
+        if before.get(name) != now[name]
+    ]
+    if changed:
+        raise ComparisonError(
+            f"{options.out} has runs of another experiment ({'; '.join(changed)}); give another --out"
+        )
+
+
 def make_runs(options: argparse.Namespace) -> int:
     """Make the runs that are missing.
 
@@ -168,6 +192,7 @@ def make_runs(options: argparse.Namespace) -> int:
         ComparisonError: if a run fails; those before it stay.
     """
     options.out.mkdir(parents=True, exist_ok=True)
+    check_same(options)
     for seed in options.seeds:
         for name in options.plans:
             folder = run_folder(options.out, name, seed)

@@ -65,8 +65,8 @@ class RefitConfig(Section):
     devices: Devices = setting(
         (),
         unit="GPU numbers",
-        description="GPUs of rank 0's machine that training does not use and a process measures on, as "
-        "training counts them; under the deepspeed launcher as the machine does. None measures on CPUs.",
+        description="The GPU of rank 0's machine that training does not use and a process measures on, as "
+        "training counts them; under the deepspeed launcher as the machine does. [] measures on CPUs.",
     )
     ray_address: str = setting(
         "local",

@@ -104,8 +104,9 @@ def _title_of(result: Mapping[str, Any], candidate: Mapping[str, Any]) -> str:
     if candidate.get("is_current") is True:
         return "in use before"
     if isinstance(candidate.get("density"), list):
-        adopted = result.get("adopt") is True and candidate.get("name") == result.get("winner")
-        return "fitted (adopted)" if adopted else "fitted (not adopted)"
+        # What the search says: the run may have come too late for it, and a sweep adopts nothing.
+        better = result.get("adopt") is True and candidate.get("name") == result.get("winner")
+        return "fitted (better)" if better else "fitted (no better)"
     return str(candidate.get("name", "?"))
 
 

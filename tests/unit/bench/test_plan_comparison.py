@@ -12,6 +12,7 @@ from bdtrain.config import load_config
 from tools.bench.plan_comparison import (
     PLANS,
     ComparisonError,
+    check_same,
     compare,
     describe,
     main,
@@ -128,3 +129,11 @@ def test_a_run_without_a_result_is_named(tmp_path, capsys):
     (folder / "summary.json").write_text(json.dumps({"after": None}))
     assert main(["table", "--out", str(tmp_path)]) == 1
     assert f"{folder} has no result" in capsys.readouterr().err
+
+
+def test_runs_of_different_experiments_are_not_mixed(tmp_path):
+    facts = {"base": tmp_path, "corpus": tmp_path, "block_size": 4, "steps": 1000, "sequences": 64}
+    check_same(SimpleNamespace(out=tmp_path, **facts))
+    check_same(SimpleNamespace(out=tmp_path, **facts))
+    with pytest.raises(ComparisonError, match="steps: 1000 there, 500 now"):
+        check_same(SimpleNamespace(out=tmp_path, **{**facts, "steps": 500}))

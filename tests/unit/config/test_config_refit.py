@@ -60,8 +60,8 @@ def test_what_fits_is_taken(load):
     assert (refit.worker_tp, refit.workers, refit.worker_gpus) == (2, 3, 1.0)
     assert load("refit.mode=clip", "refit.ray_address=auto", "refit.worker_tp=2").refit.worker_tp == 2
     for placement in ("auto", "process"):
-        refit = load("refit.mode=clip", "refit.devices=[6, 7]", f"refit.placement={placement}").refit
-        assert refit.devices == (6, 7)
+        refit = load("refit.mode=clip", "refit.devices=[7]", f"refit.placement={placement}").refit
+        assert refit.devices == (7,)
     # A process with GPUs of its own has the weights of all ranks.
     stage_3 = ["refit.gradient_variance=true", "parallel.zero_stage=3"]
     assert load("refit.mode=clip", "refit.devices=[7]", *stage_3).refit.gradient_variance
@@ -121,6 +121,7 @@ def test_what_fits_is_taken(load):
             "with refit.placement=auto, which takes the cluster of refit.ray_address=head:6379",
         ),
         (["refit.mode=clip", "refit.devices=[3,4,3]"], "give the number of each GPU once"),
+        (["refit.mode=clip", "refit.devices=[3,4]"], "names 2 GPUs, and a process measures on one"),
         (["refit.mode=clip", "refit.devices=[-1]"], "give the number of each GPU once, 0 or more"),
         (["refit.mode=clip", "refit.devices=[3]", "refit.worker_gpus=1"], "GPUs are reserved by Ray"),
         # What auto comes to is judged as if it were said.
@@ -210,7 +211,7 @@ def test_the_resolved_configuration_of_a_run_serves_its_re_fits(load, tmp_path):
         ["refit.mode=clip"],
         ["refit.mode=clip", "refit.ray_address=auto", "refit.workers=2", "refit.quorum=0.5"],
         ["refit.mode=clip", "refit.placement=ray", "refit.worker_tp=2"],
-        ["refit.mode=clip", "refit.devices=[2,5]"],
+        ["refit.mode=clip", "refit.devices=[5]"],
         ["refit.mode=clip", "refit.placement=process", "refit.wait=true"],
         ["refit.mode=counts", "refit.uniform_share=0.1", "refit.placement=external"],
     ):

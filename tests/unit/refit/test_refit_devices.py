@@ -1,5 +1,6 @@
 """GPUs that are left to re-fits: which they are under each launcher, and that none of them is training's."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from bdtrain.errors import ConfigError
 from bdtrain.parallel.launch_environment import Launch, read_launch
 from bdtrain.refit.devices import check_devices, visible_devices
 from bdtrain.testing import tiny_model_config
+from bdtrain.train import launch as launching
 from bdtrain.train.launch import train_from_config
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "6", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "6", "MASTER_ADDR": "h"}
@@ -96,12 +98,44 @@ def test_devices_of_a_run_without_re_fits_do_not_matter(tmp_path):
     check(tmp_path, ())
 
 
-def test_a_run_is_refused_before_it_starts(tmp_path, monkeypatch):
+@pytest.fixture
+def told(monkeypatch):
+    """What rank 0 tells the ranks of all machines, who have met; no group is made."""
+    found = []
+
+    class Communicator:
+        rank = 0
+
+        def broadcast_object(self, value):
+            if self.rank == 0:
+                found.append(json.dumps(value))
+            return json.loads(found[0])
+
+    communicator = Communicator()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("prepare_machine", "init_groups", "host_group", "destroy_groups"):
+        monkeypatch.setattr(launching, name, lambda *_, **__: None)
+    monkeypatch.setattr(launching, "TorchCommunicator", lambda group: communicator)
+    return communicator, found
+
+
+def start(folder, rank):
     config = run_config((0,))
-    config = config.model_copy(
-        update={"run": config.run.model_copy(update={"folder": str(tmp_path / "run")})}
-    )
-    with pytest.raises(ConfigError, match="training uses GPU 0"):
-        train_from_config(config, read_launch({}), SimpleNamespace(world_size=1), {}, console=None, stop=None)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(folder)})})
+    launch = Launch(rank=rank, local_rank=0, world_size=2, local_world_size=1)
+    console = SimpleNamespace(line=print)
+    layout = SimpleNamespace(world_size=2, tp=1, pp=1)
+    train_from_config(config, launch, layout, {}, console=console, stop=None)
+
+
+def test_a_run_is_refused_before_it_starts_and_on_every_machine(tmp_path, told):
+    """A rank of another machine, which cannot judge, would wait for the first in vain."""
+    communicator, found = told
+    said = []
+    for rank in range(2):
+        communicator.rank = rank
+        with pytest.raises(ConfigError, match="training uses GPU 0") as refused:
+            start(tmp_path / "run", rank)
+        said.append(str(refused.value))
+    assert said[0] == said[1] and len(found) == 1
     assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bdtrain.config import RunConfig
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.diffusion.variance import BlockRecords
 from bdtrain.errors import DataError, RefitError
+from bdtrain.refit import job
 from bdtrain.refit.job import (
     LOCK_FILE,
     is_at_work,
@@ -21,10 +23,12 @@ from bdtrain.refit.job import (
     make_schedule,
     only_one,
     publish,
+    run_refit,
     search_settings,
 )
 from bdtrain.refit.request import RefitRequest
 from bdtrain.refit.schedule_file import REPORT_FILE, SCHEDULE_FILE, plan_digest, read_schedule
+from bdtrain.refit.snapshot import result_folder, set_aside, snapshot_folder
 from bdtrain.testing import tiny_model_config
 
 HOLDER = """\
@@ -185,3 +189,67 @@ def test_a_schedule_is_not_seen_before_its_report(tmp_path, monkeypatch):
             measurement={},
         )
     assert not (tmp_path / SCHEDULE_FILE).exists()
+
+
+@pytest.fixture
+def outlived(tmp_path, monkeypatch):
+    """A re-fit of step 5; ``meanwhile(when)`` is called as it measures and as it looks at gradients."""
+    run, snapshot = tmp_path, snapshot_folder(tmp_path, 5)
+    snapshot.mkdir(parents=True)
+    (snapshot / "MANIFEST.json").write_text("weights")
+    saved = SimpleNamespace(config=run_config(gradient_variance=True), facts={"run_uid": "u", "step": 5})
+    monkeypatch.setattr(job, "open_model", lambda folder: saved)
+    monkeypatch.setattr(job, "open_rows", lambda *_: SimpleNamespace(num_samples=64))
+    monkeypatch.setattr(job, "plan_in_use", lambda _: NoisePlan(4))
+
+    def start(meanwhile):
+        def measure(request):
+            meanwhile("measure")
+            return {4: records(range(64))}, {}
+
+        def gradients(*_):
+            meanwhile("gradients")
+            return {"of": "the first"}
+
+        monkeypatch.setattr(job, "_report_gradients", gradients)
+        run_refit(snapshot, result_folder(run, 5), measure=measure)
+
+    return run, start
+
+
+def begun_anew(run, *, again):
+    """What the next attempt does with the re-fits of one before; ``again``: it is at step 5 itself."""
+    assert set_aside(run, 2) is not None
+    if again:
+        folder = result_folder(run, 5)
+        folder.mkdir(parents=True)
+        (folder / LOCK_FILE).touch()
+        (folder / REPORT_FILE).write_text("of the second")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_re_fit_that_outlives_its_run_writes_nothing_into_the_next_one(outlived, again):
+    """Its trainer was killed, its snapshot is gone, and the lock that it holds has another name."""
+    run, start = outlived
+    with pytest.raises(RefitError, match="begun anew"):
+        start(lambda when: begun_anew(run, again=again) if when == "measure" else None)
+    found = {path.name for path in (run / "refit").rglob("*")} if (run / "refit").exists() else set()
+    assert found == ({result_folder(run, 5).name, LOCK_FILE, REPORT_FILE} if again else set())
+    assert not again or (result_folder(run, 5) / REPORT_FILE).read_text() == "of the second"
+
+
+def test_its_gradients_are_not_for_the_next_run_either(outlived, capsys):
+    run, start = outlived
+    start(lambda when: begun_anew(run, again=True) if when == "gradients" else None)
+    assert (result_folder(run, 5) / REPORT_FILE).read_text() == "of the second"
+    assert "no report on gradients: RefitError" in capsys.readouterr().out
+
+
+def test_a_re_fit_whose_snapshot_alone_is_gone_is_published(outlived):
+    """Only two snapshots are kept: a slow re-fit has its weights in memory by then."""
+    run, start = outlived
+    gone = snapshot_folder(run, 5) / "MANIFEST.json"
+    start(lambda when: gone.unlink(missing_ok=True))
+    folder = result_folder(run, 5)
+    assert (folder / SCHEDULE_FILE).exists()
+    assert json.loads((folder / REPORT_FILE).read_text())["gradients"] == {"of": "the first"}

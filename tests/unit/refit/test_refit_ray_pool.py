@@ -12,6 +12,7 @@ import pytest
 from bdtrain.diffusion.variance import BlockRecords
 from bdtrain.errors import RefitError
 from bdtrain.parallel.launch_environment import Launch
+from bdtrain.refit import ray_group, ray_pool
 from bdtrain.refit.outcome import RaySettings, ShardQueue
 from bdtrain.refit.ray_group import ShardActor, make_launches, numeric_host
 from bdtrain.refit.ray_pool import RaySession, WorkerPool
@@ -83,7 +84,8 @@ class FakeRay:
 
     def _done(self, actor, method, arguments):
         if method == "place":
-            return "node", 100 + actor.number, ("10.0.0.1", 4000) if arguments[3] else ("", 0)
+            meeting = ("10.0.0.1", 4000) if arguments[3] else ("", 0)
+            return ("node", 100 + actor.number, meeting), "", ""
         if method == "load":
             return None, "", ""
         first = actor.launch is None or actor.launch.rank == 0
@@ -239,10 +241,23 @@ def test_a_process_that_only_noticed_a_death_is_not_blamed():
     assert "shard 0, attempt 1 of 3 failed: the worker died (ActorDiedError)" in done.lines
 
 
-def test_a_worker_whose_process_stops_for_ever_costs_its_shard_and_no_more_than_the_deadline():
+def test_a_worker_whose_process_stops_for_ever_costs_its_shard_and_no_more_than_the_deadline(monkeypatch):
     done = Measurement(fault(1, "measure", NEVER, shard=2), tp=2, num_workers=2)
-    done.run(seconds=0.5, quorum=0.75).check([0, 1, 3])
-    assert done.queue.failures == {2: "running: too late"}
+    # A clock that goes on while nobody answers, and only then.
+    now = [0.0]
+    wait = done.ray.wait
+
+    def wait_for(calls, num_returns, timeout):
+        ready, rest = wait(calls, num_returns, 0.0)
+        now[0] += 0.0 if ready else timeout
+        return ready, rest
+
+    monkeypatch.setattr(done.ray, "wait", wait_for)
+    monkeypatch.setattr(ray_pool, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    done.pool.measure(1000.0, "too late", 0.75)
+    done.pool.end()
+    done.check([0, 1, 3])
+    assert now == [1000.0] and done.queue.failures == {2: "running: too late"}
     assert sorted(done.ray.removed) == ["room 0", "room 1"]
 
 
@@ -253,6 +268,26 @@ def test_a_worker_that_cannot_be_made_gives_its_room_back():
     done = Measurement(answer, tp=2, retries=1).run()
     assert not done.queue.records and len(done.ray.actors) == 4 and done.ray.removed == ["room 0"]
     assert set(done.queue.failures.values()) == {"waiting: no worker could be started: ConfigError: no"}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_process_that_finds_no_way_to_the_others_says_why(tp):
+    unreachable = (None, "OSError: [Errno 101] Network is unreachable", "its traceback")
+    once = Measurement(fault(tp - 1, "place", unreachable), tp=tp, retries=1).run()
+    once.check(range(4))
+    assert (
+        "worker not started (placing), attempt 1: OSError: [Errno 101] Network is unreachable" in once.lines
+    )
+    assert "its traceback" in once.lines
+
+    def answer(actor, method, arguments):
+        if method == "place":
+            time.sleep(0.2)
+        return unreachable if method == "place" else None
+
+    # It is no want of room, however long it lasts.
+    never = Measurement(answer, tp=tp, retries=1, placement_s=0.3).run()
+    assert set(never.queue.failures.values()) == {f"waiting: no worker could be started: {unreachable[1]}"}
 
 
 def test_a_single_process_is_replaced_after_two_errors_and_a_shard_given_up_after_three():
@@ -298,17 +333,31 @@ def test_the_head_is_known_by_number():
 def test_a_process_is_made_fit_before_it_loads_anything(monkeypatch):
     monkeypatch.setattr(os, "environ", {"RANK": "3", "CUDA_VISIBLE_DEVICES": "0", "SLURM_PROCID": "3"})
     actor = ShardActor()
-    host, pid, meeting = actor.place(2, False, "127.0.0.1", True)
-    assert (host, pid) == (socket.gethostname(), os.getpid())
+    (host, pid, meeting), reason, trace = actor.place(2, False, "127.0.0.1", True)
+    assert (host, pid, reason, trace) == (socket.gethostname(), os.getpid(), "", "")
     assert "RANK" not in os.environ and "SLURM_PROCID" not in os.environ
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and os.environ["OMP_NUM_THREADS"] == "2"
     with socket.create_connection(meeting, timeout=5) as found:
         assert found.getpeername()[0] == "127.0.0.1"
     actor._listener.close()
     monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": "0"})
-    assert ShardActor().place(None, True, "127.0.0.1", False)[2] == ("", 0)
+    (_, _, meeting), _, _ = ShardActor().place(None, True, "127.0.0.1", False)
+    assert meeting == ("", 0)
     assert os.environ.keys() == {"CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+@pytest.mark.parametrize("listen", [False, True])
+def test_a_process_without_a_way_to_the_head_or_an_address_to_listen_at_says_so(monkeypatch, listen):
+    def refuse(head):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(os, "environ", {})
+    # An address of documentation: no machine has it.
+    monkeypatch.setattr(ray_group, "own_address", (lambda head: "192.0.2.9") if listen else refuse)
+    place, reason, trace = ShardActor().place(1, False, "192.0.2.1", listen)
+    assert place is None and "Traceback" in trace
+    assert reason.startswith("OSError: ") and ("assign" if listen else "unreachable") in reason
 
 
 class Given:

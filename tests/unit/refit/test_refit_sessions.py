@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,17 @@ from types import SimpleNamespace
 import pytest
 
 import bdtrain.refit.apart as apart
+import bdtrain.refit.backends as backends
 import bdtrain.refit.command as command
+import bdtrain.refit.job as job
 import bdtrain.refit.ray_backend as ray_backend
+import bdtrain.refit.snapshot as snapshot
 from bdtrain.checkpoint.files import hash_file
 from bdtrain.checkpoint.folders import step_name
 from bdtrain.checkpoint.manifest import Manifest, write_manifest
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.errors import RefitError
-from bdtrain.refit.job import judge, make_schedule, publish
+from bdtrain.refit.job import Refit, add_gradients, judge, make_schedule, publish
 from bdtrain.refit.outcome import RaySettings, ShardOutcome
 from bdtrain.refit.ray_pool import RaySession
 from bdtrain.refit.request import RefitRequest
@@ -131,6 +135,25 @@ def test_a_measurement_on_ray_is_over_before_the_process_ends_itself(monkeypatch
     assert records[4].blocks == 320 and said["complete_share"] == 0.5 and said["failures"] == {"1": "lost"}
     # What was measured by then still has to be searched.
     assert 50.0 < asked["deadline_s"] < 95.0 and asked["settings"].num_workers == 3
+    # Whoever read the snapshot for 40 s has 40 s less.
+    whole = asked["deadline_s"]
+    began = time.monotonic() - 40.0
+    ray_backend.measure_refit(RefitRequest("", (4,), (40,), 4, 0), config, None, began)
+    assert 0.0 <= whole - 40.0 - asked["deadline_s"] < 5.0
+    with pytest.raises(RefitError, match=r"read for 9\d s, which leaves nothing of refit.deadline_s=100"):
+        ray_backend.measure_refit(RefitRequest("", (4,), (40,), 4, 0), config, None, began - 55.0)
+
+
+def test_the_time_of_a_measurement_on_ray_counts_from_the_start_of_the_re_fit(monkeypatch):
+    seen = []
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ray_backend, "measure_refit", lambda *given: seen.append(given))
+    before = time.monotonic()
+    measure = backends.choose_measure(run_config(placement="ray"))
+    after = time.monotonic()
+    monkeypatch.setattr(backends, "time", SimpleNamespace(monotonic=lambda: after + 99.0))
+    measure(None)
+    assert before <= seen[0][3] <= after
 
 
 # -- Processes of a watch and of a sweep ---------------------------------------------------------------------
@@ -147,11 +170,12 @@ HANG = "import time; time.sleep(600)"
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + HANG
 
 
-def save(folder, script, *, placement="external", content=""):
+def save(folder, script, *, placement="external", content="", deadline_s=None):
     """What the commands look at of a snapshot or a checkpoint, before its process reads the rest."""
     folder.mkdir(parents=True, exist_ok=True)
     # Time enough for all others, on a busy machine, too.
-    settings = RUN.replace("DEADLINE", "0.2" if script == HANG else "100").replace("PLACEMENT", placement)
+    deadline_s = deadline_s or ("0.2" if script == HANG else "100")
+    settings = RUN.replace("DEADLINE", deadline_s).replace("PLACEMENT", placement)
     (folder / "config.yaml").write_text(settings)
     facts = {"made": content}
     listed = {"config.yaml": hash_file(folder / "config.yaml")}
@@ -237,13 +261,13 @@ def test_a_watch_measures_a_step_again_when_the_run_comes_to_it_with_other_weigh
 ):
     """As after a start from the beginning with other settings: the same step, another snapshot."""
     (watched.run / EXIT_FILE).unlink()
-    snapshot = snapshots_folder(watched.run) / step_name(1)
+    place = snapshots_folder(watched.run) / step_name(1)
     looks = []
 
     def look(seconds):
         looks.append(len(scripted["made"]))
         if len(looks) == 2:
-            save(snapshot, "", content="other weights")
+            save(place, "", content="other weights")
         if len(looks) == 3:
             (watched.run / EXIT_FILE).write_text("{}")
 
@@ -258,6 +282,44 @@ def test_a_child_that_does_not_hear_is_ended_with_the_watch():
         patch.setattr(apart, "GRACE_S", 0.2)
         apart.end_process(process)
     assert process.poll() is not None
+
+
+def test_a_child_that_does_not_hear_is_ended_when_the_watch_is_asked_a_second_time():
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", f"{code}; time.sleep(600)"], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.read(1) == b"1"
+    again = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit), apart.exit_on_request():
+            again.start()
+            apart.end_process(process)
+        assert process.poll() == -signal.SIGKILL
+    finally:
+        again.join()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_snapshot_that_cannot_be_read_for_a_moment_is_told_and_the_watch_goes_on(
+    watched, monkeypatch, capsys
+):
+    digest = snapshot.snapshot_digest
+
+    def look(folder):
+        if folder.name == step_name(1):
+            raise OSError(116, "Stale file handle", str(folder))
+        if folder.name == step_name(2):
+            raise FileNotFoundError(2, "No such file or directory", str(folder))
+        return digest(folder)
+
+    monkeypatch.setattr(snapshot, "snapshot_digest", look)
+    assert watched({1: WRITE, 2: WRITE, 3: WRITE}) == 0
+    made = [step for step in (1, 2, 3) if (result_folder(watched.run, step) / SCHEDULE_FILE).exists()]
+    stale = snapshots_folder(watched.run) / step_name(1)
+    assert made == [3] and capsys.readouterr().err == f"error: {stale}: Stale file handle\n"
 
 
 def test_a_watch_and_a_sweep_hand_their_settings_to_each_re_fit(watched, scripted, tmp_path):
@@ -290,6 +352,16 @@ def test_a_watch_and_a_sweep_hand_their_settings_to_each_re_fit(watched, scripte
     assert made[:4] == [sys.executable, "-P", "-m", "bdtrain.refit"] and made[4:] == scripted["made"][0]
 
 
+def write_results(folder, records, step=9):
+    """What a re-fit leaves behind, and its report."""
+    results = judge(records, NoisePlan(block_size=4), run_config())
+    schedule = make_schedule(results, NoisePlan(block_size=4), run_uid="u", step=step, digest="", version=1)
+    request = RefitRequest("", (4,), (40,), 4, 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = publish(folder, schedule, results, request=request, seconds={}, measurement={})
+    return Refit(schedule, results, folder, {}), report
+
+
 def test_a_checkpoint_of_a_sweep_that_hangs_costs_itself_alone(tmp_path, scripted, capsys):
     said = "the re-fit took longer than refit.deadline_s=0.2; nothing was written"
     scripts = {
@@ -299,12 +371,8 @@ def test_a_checkpoint_of_a_sweep_that_hangs_costs_itself_alone(tmp_path, scripte
         "good": "import shutil, sys; shutil.copy(sys.argv[1] + '/../report.json', sys.argv[1])",
     }
     scripted.update(scripts)
-    records = {4: make_records(4, 1)}
-    results = judge(records, NoisePlan(block_size=4), run_config())
-    schedule = make_schedule(results, NoisePlan(block_size=4), run_uid="u", step=9, digest="", version=1)
-    request = RefitRequest("", (4,), (40,), 4, 0)
     out = tmp_path / "out"
-    publish(out, schedule, results, request=request, seconds={}, measurement={})
+    made, _ = write_results(out, {4: make_records(4, 1)})
     words = []
     for name, script in scripts.items():
         # lag_steps and wait are a trainer's: here nobody waits.
@@ -326,8 +394,54 @@ def test_a_checkpoint_of_a_sweep_that_hangs_costs_itself_alone(tmp_path, scripte
     assert (row["checkpoint"], row["step"], row["winner"]) == (
         str(tmp_path / "good"),
         9,
-        results[4].winner,
+        made.results[4].winner,
     )
+
+
+def test_a_checkpoint_of_a_sweep_on_ray_that_hangs_costs_itself_alone(
+    tmp_path, sessions, monkeypatch, capsys
+):
+    class Stopped(FakePool):
+        def measure(self, deadline, late, quorum):
+            if sessions.started == 1:
+                time.sleep(60)
+            super().measure(deadline, late, quorum)
+
+    def refit(checkpoint, folder, *, measure, **_):
+        request = SimpleNamespace(shards=1, threads=1, device="cpu", block_sizes=(4,))
+        return write_results(folder, measure(request)[0])[0]
+
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ray_backend, "WorkerPool", Stopped)
+    monkeypatch.setattr(job, "run_refit", refit)
+    words = []
+    for name in ("hangs", "good"):
+        save(tmp_path / name, "", placement="ray", deadline_s="1.0" if name == "hangs" else "100")
+        words += ["--checkpoint", str(tmp_path / name)]
+    assert command.main([*words, "--out", str(tmp_path / "out")]) == 8
+    assert sessions.events == ["start 1 with 1", "end 1", "start 2 with 1", "end 2"]
+    table = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    (failure,), (row,) = table["failures"], table["rows"]
+    said = "the re-fit took longer than refit.deadline_s=1; nothing was written"
+    assert (failure["error"], failure["exit_code"]) == (said, 8) and table["complete"]
+    assert row["checkpoint"] == str(tmp_path / "good")
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_gradients_that_take_too_long_cost_their_report_alone(tmp_path, monkeypatch, capsys):
+    def refit(checkpoint, folder, **_):
+        refit, report = write_results(folder, {4: make_records(4, 1)})
+        add_gradients(folder, report, lambda: time.sleep(60) or {})
+        return refit
+
+    monkeypatch.setattr(job, "run_refit", refit)
+    save(tmp_path / "c", "", placement="process", deadline_s="0.5")
+    assert command.main(["--checkpoint", str(tmp_path / "c"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "no report on gradients: RefitError: the re-fit took longer than refit.deadline_s=0.5" in said.out
+    assert f"wrote {tmp_path / 'out'}\n" in said.out and not said.err
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]) == 1
+    assert "gradients" not in json.loads((tmp_path / "out" / "report.json").read_text())
 
 
 def test_a_sweep_that_is_asked_to_end_takes_its_process_along_and_keeps_the_table(tmp_path, scripted):

@@ -13,7 +13,7 @@ import pytest
 import bdtrain.refit.sweep_runs as sweep_runs
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.errors import CheckpointError, RefitError
-from bdtrain.refit.job import Refit, judge, make_schedule, publish
+from bdtrain.refit.job import Refit, add_gradients, judge, make_schedule, publish
 from bdtrain.refit.request import RefitRequest
 from bdtrain.refit.sweep import result_names, run_sweep
 from bdtrain.refit.sweep_table import SweepRow, format_note, format_table, read_rows
@@ -24,7 +24,7 @@ SIZES = (4, 8)
 SECRET = "a-password"
 
 
-def measured(step, *, run_uid="u-1", change=None):
+def measured(step, *, run_uid="u-1", change=None, gradients=None):
     """A re-fit with the search on other records for each step; ``change`` alters its results."""
 
     def refit(checkpoint, folder):
@@ -35,7 +35,7 @@ def measured(step, *, run_uid="u-1", change=None):
         schedule = make_schedule(
             results, NoisePlan(block_size=4), run_uid=run_uid, step=step, digest="d" * 64, version=1
         )
-        publish(
+        report = publish(
             folder,
             schedule,
             results,
@@ -43,6 +43,8 @@ def measured(step, *, run_uid="u-1", change=None):
             seconds={},
             measurement={},
         )
+        if gradients is not None:
+            add_gradients(folder, report, lambda: gradients(results))
         return Refit(schedule, results, folder, {})
 
     return refit
@@ -363,6 +365,36 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path, monkeypatch, caps
     assert run_sweep([tmp_path / "10"], tmp_path / "out", of_name, mlflow_uri="http://server") == 0
     said = capsys.readouterr().out
     assert drawn == [] and said.count("no picture of ") == 2 and "division by zero" in said
+
+
+def test_gradients_of_a_checkpoint_are_among_the_numbers_and_pictures_of_its_runs(tmp_path, monkeypatch):
+    def gradients(results):
+        # Of block size 8 none: a re-fit may leave one out.
+        result = results[4]
+        plans = [
+            {"name": result.candidates[0].name, "gradient": 0.5, "gradient_error": 0.25, "loss": 3.0},
+            {"name": result.winner, "gradient": 0.125, "gradient_error": 0.0625, "loss": 2.0},
+        ]
+        return {"4": {"plans": plans, "pearson": 0.75, "pearson_error": 0.1, "spearman": 0.5, "excess": 0.0}}
+
+    logged, drawn = {}, {}
+    server = FakeRuns(0)
+    monkeypatch.setattr(sweep_runs, "NestedRuns", server.make)
+    monkeypatch.setattr(sweep_runs, "quiet_environment", dict)
+    monkeypatch.setattr(sweep_runs, "draw_refit", lambda shown, base: drawn.update({base.name: shown}) or [])
+    monkeypatch.setattr(server, "log", lambda run: logged.update({run.name: run}) or run.draw(tmp_path))
+    refit = measured(10, gradients=gradients)
+    assert run_sweep([tmp_path / "10"], tmp_path / "out", refit, mlflow_uri="http://server") == 0
+    four, eight = (
+        {point.name: (point.step, point.value) for point in run.metrics if "gradient" in point.name}
+        for run in logged.values()
+    )
+    values = {"variance": 0.5, "variance_error": 0.25, "variance_best": 0.125, "correlation": 0.75}
+    values.update(excess=0.0, correlation_error=0.1, rank_correlation=0.5)
+    assert four == {f"sched/gradient_{name}": (10, value) for name, value in values.items()} and not eight
+    assert set(four) <= set(METRICS)
+    assert drawn["variance-L4"].gradients[4]["pearson"] == 0.75 and drawn["variance-L4"].results.keys() == {4}
+    assert drawn["variance-L8"].gradients == {} and drawn["variance-L8"].results.keys() == {8}
 
 
 def test_a_long_table_is_cut_where_mlflow_shows_it_and_whole_where_it_is_printed(tmp_path):

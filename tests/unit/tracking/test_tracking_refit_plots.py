@@ -36,14 +36,14 @@ def test_fitted_counts_are_drawn_over_uniform_ones() -> None:
     plot = plot_counts(make_counts(), 4)
     assert plot is not None and plot.whole
     (fitted,) = plot.series
-    assert fitted.name == "fitted (adopted)"
+    assert fitted.name == "fitted (better)"
     # A tenth, two, three and four tenths, where uniform counts have a quarter each.
     assert [y for _, y, _ in fitted.points] == pytest.approx([0.4, 0.8, 1.2, 1.6])
     assert fitted.edges == (0.5, 1.5, 2.5, 3.5, 4.5)
     assert plot.levels == (("uniform = in use before", 1.0, None),)
     assert "0.033 ± 0.0011" in plot.notes[0]
     kept = plot_counts(make_counts(adopt=False), 4)
-    assert kept is not None and kept.series[0].name == "fitted (not adopted)"
+    assert kept is not None and kept.series[0].name == "fitted (no better)"
 
 
 def test_a_plan_before_that_is_not_uniform_is_drawn_beside_the_fitted_and_the_plain_one() -> None:
@@ -53,7 +53,7 @@ def test_a_plan_before_that_is_not_uniform_is_drawn_beside_the_fitted_and_the_pl
     plain = candidate(0.0, 1.0, name="plain counts", drawn=[0.25] * 4)
     plot = plot_counts({**result, "candidates": [before, fitted, plain]}, 4)
     assert plot is not None
-    assert [series.name for series in plot.series] == ["in use before", "fitted (adopted)"]
+    assert [series.name for series in plot.series] == ["in use before", "fitted (better)"]
     assert [y for _, y, _ in plot.series[0].points] == pytest.approx([1.6, 1.2, 0.8, 0.4])
     assert plot.levels[0][0] == "uniform = plain counts"
 
@@ -68,7 +68,7 @@ def test_blocks_of_1024_tokens_are_64_bins_that_add_up_to_all_counts() -> None:
     assert total == pytest.approx(1024)
     page = Page(draw_plot(plot))
     assert sum(given.get("class") == "bin" for _, given in page.tags) == 64
-    assert "fitted (adopted), 17 to 32: 0.06154" in page.texts["title"]
+    assert "fitted (better), 17 to 32: 0.06154" in page.texts["title"]
     (line,) = [given["points"] or "" for tag, given in page.tags if tag == "polyline"]
     corners = [tuple(map(float, pair.split(","))) for pair in line.split()]
     assert len(corners) == 128 and all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in corners)

@@ -1,11 +1,14 @@
 """How an attempt ends: what is written last, and what cannot change it."""
 
+import importlib.util
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 
+from bdtrain import errors
 from bdtrain.config import load_config
 from bdtrain.errors import CheckpointError, ConfigError, NonFiniteError
 from bdtrain.tracking.console import Console
@@ -143,3 +146,18 @@ def test_a_run_whose_configuration_is_unknown_has_at_least_a_name(tmp_path, text
     folder.mkdir()
     (folder / "config.yaml").write_text(text)
     assert name_of_run(folder, _read_config(folder / "config.yaml")) == name
+
+
+def test_the_launcher_names_every_exit_code(repository):
+    path = repository / "launchers" / "pretrain.py"
+    spec = importlib.util.spec_from_file_location("pretrain_launcher", path)
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    # 1 is what any program that breaks returns.
+    codes = {kind.exit_code for kind in kinds} - {1}
+    (told,) = re.findall(r"The exit code: (.*)", launcher.main.__doc__, re.DOTALL)
+    assert codes == {int(code) for code in re.findall(r"(?:^|[,;:] )(\d+) ", " ".join(told.split()))} - {
+        0,
+        130,
+    }

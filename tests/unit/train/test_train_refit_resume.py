@@ -1,5 +1,6 @@
 """A continued run uses the plans that it used before, at the same steps; ranks do so together."""
 
+import contextlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 from bdtrain.checkpoint.communicator import OneProcess
 from bdtrain.errors import RefitError
 from bdtrain.refit.history import HISTORY_FILE, append_outcome, read_history
+from bdtrain.refit.job import only_one
 from bdtrain.refit.schedule_file import SCHEDULE_FILE
 from bdtrain.refit.snapshot import refit_folder, result_folder
 from bdtrain.train import refit as module
@@ -167,6 +169,26 @@ def test_a_run_that_is_asked_to_stop_while_it_waits_takes_no_step_and_goes_on_wa
         assert other.at(5 + lag) is True
         assert other.refit.plan == BETTER and other.state["noise_plan_history"][-1][0] == 5 + lag
         assert begun(other) == []
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("at_work", [False, True])
+def test_gradients_of_a_schedule_that_a_continued_run_finds_are_missed_aloud(
+    tmp_path, children, monkeypatch, done, at_work
+):
+    """No child is started then; that of the attempt before may still be at work, or be gone with it."""
+    metrics = {"sched/gain": 0.5, **({"sched/gradient_variance": 3.0} if done else {})}
+    monkeypatch.setattr(module, "search_metrics", lambda *_: metrics)
+    run = Run(tmp_path, gradient_variance=True)
+    run.steps(0, 6)
+    run.publish(5)
+    other = run.continued(run.state, gradient_variance=True)
+    assert len(children) == 1
+    with only_one(result_folder(tmp_path, 5)) if at_work else contextlib.nullcontext():
+        other.steps(7, 8)
+    told = [line for line in other.lines if "its gradients were not done in time" in line]
+    assert len(told) == (not done) and other.history() == {5: "adopted"}
+    assert done or ("larger refit.lag_steps" in told[0]) is at_work
 
 
 class Together:

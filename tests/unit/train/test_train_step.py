@@ -8,7 +8,7 @@ from bdtrain.data.loader import Batch, split_rows
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
 from bdtrain.diffusion.objectives.build import make_objective
 from bdtrain.diffusion.plan import NoisePlan
-from bdtrain.errors import RankError, RefitError
+from bdtrain.errors import DataError, RankError, RefitError
 from bdtrain.model.build import build_model
 from bdtrain.model.init import global_parameters
 from bdtrain.parallel.engine import AVERAGE_KEY, Engine, deepspeed_settings
@@ -212,21 +212,28 @@ def test_step_that_is_not_finite_changes_nothing(groups, zero_stage):
     engine.close()
 
 
-def test_an_error_gives_the_weights_back_but_for_one_that_leaves_the_peers_waiting(groups, monkeypatch):
+def test_an_error_gives_the_weights_back_unless_the_peers_may_be_elsewhere(groups, monkeypatch):
     """To publish weights is a collective: begun by one rank alone, it would never end."""
     engine, _ = our_steps(groups, make_parts(), micro_batch_size=3, copies=1, steps=2)
     weights = {name: value.detach().clone() for name, value in engine.module.named_parameters()}
     published = []
     publish = engine._state.publish_masters
     monkeypatch.setattr(engine._state, "publish_masters", lambda: published.append(1) or publish())
-    for error, times in ((RefitError, 2), (RuntimeError, 2), (RankError, 1)):
+    masters = [master.detach().clone() for master in engine._state.masters()]
+    alone = [(1, error, True) for error in (RefitError, DataError, OSError, RuntimeError, KeyboardInterrupt)]
+    several = [
+        (2, error, False) for error in (RankError, DataError, OSError, RuntimeError, KeyboardInterrupt)
+    ]
+    for ranks, error, given_back in [*alone, *several, (2, RefitError, True)]:
+        engine._ranks = ranks
         published.clear()
         with pytest.raises(error), engine.averaged_weights():
             assert any(not torch.equal(weights[n], p) for n, p in engine.module.named_parameters())
             raise error("in the middle of it")
-        assert len(published) == times
-        if error is not RankError:
-            assert all(torch.equal(weights[n], p) for n, p in engine.module.named_parameters())
+        assert len(published) == 1 + given_back, (ranks, error)
+        if not given_back:
+            engine._set_masters(masters)
+        assert all(torch.equal(weights[n], p) for n, p in engine.module.named_parameters())
     engine.close()
 
 
