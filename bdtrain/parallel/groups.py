@@ -49,7 +49,11 @@ def private_store(launch: Launch, listener: int | None) -> dist.TCPStore:
 
     Args:
         launch: who this process is.
-        listener: on rank 0 a socket that listens at the launch's address, which the store takes over.
+        listener: on rank 0 a socket that listens at the launch's address, which the store takes over; None on
+            the others.
+
+    Returns:
+        The store, for ``init_groups``; every rank makes its own.
     """
     assert launch.master_addr is not None and launch.master_port is not None
     return dist.TCPStore(

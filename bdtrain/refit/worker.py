@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from bdtrain.refit.request import RefitRequest
 from bdtrain.refit.search import SearchResult
 from bdtrain.refit.snapshot import data_section
 from bdtrain.validation.evaluate import load_saved
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 class RefitWorker:
@@ -107,8 +110,12 @@ class RefitWorker:
         )
 
 
-def join_group(launch: Launch, listener: int | None) -> Any:
+def join_group(launch: Launch, listener: int | None) -> ProcessGroupCollection:
     """Meet the processes that share the model with this one.
+
+    Args:
+        launch: who this process is among them.
+        listener: as ``RefitWorker`` takes it.
 
     Returns:
         Megatron's process groups.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from bdtrain.validation.held_out import (
 )
 from bdtrain.validation.likelihood import Likelihood, evaluate_likelihood
 from bdtrain.validation.record import evaluation_manifest
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 MICRO_BATCHES = 4
 """Micro-batches of training that an evaluation takes at a time."""
@@ -171,7 +174,7 @@ def load_saved(
     *,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
-    groups: Any = None,
+    groups: ProcessGroupCollection | None = None,
 ) -> tuple[SavedModel, TwoStreamTransformer]:
     """Verify a model folder and build its model in this process.
 

@@ -27,7 +27,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bdtrain.errors import BdtrainError
+from bdtrain.errors import BdtrainError, report_failure
+from bdtrain.refit.history import read_history
+from bdtrain.refit.snapshot import refit_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -223,10 +225,13 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ComparisonError(
             f"{folder} has no result ({error}); remove it and make the run again"
         ) from error
-    history = folder / "refit" / "history.jsonl"
-    lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
-    adopted = sum(json.loads(line).get("outcome") == "adopted" for line in lines)
-    return {"nelbo": nelbo, "noise_error": noise, "refits": len(lines), "adopted": adopted}
+    outcomes = [one.outcome for one in read_history(refit_folder(folder)).values()]
+    return {
+        "nelbo": nelbo,
+        "noise_error": noise,
+        "refits": len(outcomes),
+        "adopted": outcomes.count("adopted"),
+    }
 
 
 def tabulate(options: argparse.Namespace) -> int:
@@ -312,9 +317,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         return make_runs(options) if options.command == "run" else tabulate(options)
-    except (BdtrainError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (BdtrainError, OSError, KeyboardInterrupt) as error:
+        return report_failure(error)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from bdtrain.config import load_config
+from bdtrain.diffusion.plan import NoisePlan
+from bdtrain.refit.history import RefitOutcome, append_outcome
+from bdtrain.refit.snapshot import refit_folder
 from tools.bench.plan_comparison import (
     PLANS,
     ComparisonError,
@@ -95,10 +98,9 @@ def test_every_run_of_the_comparison_is_one_that_the_trainer_takes(name, tmp_pat
 def write_run(folder, nelbo, outcomes=()):
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps({"after": {"nelbo": nelbo, "nelbo_noise_error": 0.01}}))
-    if outcomes:
-        (folder / "refit").mkdir()
-        lines = [json.dumps({"outcome": outcome}) for outcome in outcomes]
-        (folder / "refit" / "history.jsonl").write_text("\n".join(lines) + "\n")
+    for number, outcome in enumerate(outcomes, 1):
+        made = RefitOutcome(number, number + 1, outcome, "because", number, NoisePlan(4))
+        append_outcome(refit_folder(folder), made)
 
 
 def test_the_table_is_read_from_the_runs_that_are_there(tmp_path, capsys):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bdtrain.config import RunConfig
 from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.diffusion.variance import BlockRecords
 from bdtrain.errors import DataError, RefitError
@@ -29,7 +28,7 @@ from bdtrain.refit.job import (
 from bdtrain.refit.request import RefitRequest
 from bdtrain.refit.schedule_file import REPORT_FILE, SCHEDULE_FILE, plan_digest, read_schedule
 from bdtrain.refit.snapshot import result_folder, set_aside, snapshot_folder
-from bdtrain.testing import tiny_model_config
+from tests.unit.refit.sweep_cases import run_config
 
 HOLDER = """\
 import fcntl, sys
@@ -116,18 +115,6 @@ def test_shards_are_joined_in_their_order_whatever_order_they_came_in():
     assert (partial[4].sequences, partial[8].sequences) == (2, 2)
     with pytest.raises(RefitError, match="nothing was measured for block size 8"):
         join_shards(request, {0: parts[0], 1: parts[1]})
-
-
-def run_config(**refit):
-    return RunConfig.model_validate(
-        {
-            "run": {"seed": 3},
-            "model": tiny_model_config(),
-            "data": {"kind": "synthetic", "seq_len": 32},
-            "train": {"steps": 1, "global_batch_size": 8},
-            "refit": {"mode": "clip", "bootstrap_draws": 50, **refit},
-        }
-    )
 
 
 def test_the_search_follows_the_settings_of_the_run():
