@@ -21,7 +21,7 @@ def known_placement(refit: RefitConfig) -> str:
         return refit.placement
     if refit.ray_address != "local":
         return "ray"
-    return "process" if refit.devices else "auto"
+    return "process" if refit.gpu is not None else "auto"
 
 
 def refit_conflicts(config: RunConfig) -> Iterator[Problem]:
@@ -62,7 +62,12 @@ def refit_conflicts(config: RunConfig) -> Iterator[Problem]:
             f"refit.ray_address={refit.ray_address} is no address; use local, auto or host:port",
         )
     yield from _workers(config)
-    yield from _devices(refit)
+    if refit.gpu is not None and placement != "process":
+        yield Problem(
+            ("refit.gpu", "refit.placement"),
+            f"refit.gpu={refit.gpu} with {_placed(refit)}; it is for a process beside rank 0: use "
+            "placement=process, or remove it (workers on Ray get theirs with refit.worker_gpus)",
+        )
 
 
 def _placed(refit: RefitConfig) -> str:
@@ -70,8 +75,8 @@ def _placed(refit: RefitConfig) -> str:
     words = f"refit.placement={refit.placement}"
     if refit.placement == "auto" and refit.ray_address != "local":
         return f"{words}, which takes the cluster of refit.ray_address={refit.ray_address}"
-    if refit.placement == "auto" and refit.devices:
-        return f"{words}, which takes refit.devices={list(refit.devices)}"
+    if refit.placement == "auto" and refit.gpu is not None:
+        return f"{words}, which takes refit.gpu={refit.gpu}"
     return words
 
 
@@ -83,7 +88,7 @@ def _workers(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("refit.worker_gpus", "refit.placement"),
             f"refit.worker_gpus={refit.worker_gpus} with {_placed(refit)}; GPUs are reserved by Ray: use "
-            "placement=ray, or remove it (placement=process takes refit.devices)",
+            "placement=ray, or remove it (placement=process takes refit.gpu)",
         )
     if tp == 1:
         return
@@ -107,29 +112,6 @@ def _workers(config: RunConfig) -> Iterator[Problem]:
         )
     for problem in tensor_problems(config, tp):
         yield Problem(("refit.worker_tp",), f"refit.worker_tp={tp} cuts the model as parallel.tp: {problem}")
-
-
-def _devices(refit: RefitConfig) -> Iterator[Problem]:
-    """GPUs that a process cannot be given."""
-    devices = list(refit.devices)
-    if not devices:
-        return
-    if known_placement(refit) != "process":
-        yield Problem(
-            ("refit.devices", "refit.placement"),
-            f"refit.devices={devices} with {_placed(refit)}; they are for a process beside rank 0: use "
-            "placement=process, or remove them (workers on Ray get theirs with refit.worker_gpus)",
-        )
-    if len(set(devices)) != len(devices) or min(devices) < 0:
-        yield Problem(
-            ("refit.devices",), f"refit.devices={devices}; give the number of each GPU once, 0 or more"
-        )
-    elif len(devices) > 1:
-        yield Problem(
-            ("refit.devices",),
-            f"refit.devices={devices} names {len(devices)} GPUs, and a process measures on one; name one "
-            "(for several: placement=ray with refit.worker_gpus=1 and refit.workers)",
-        )
 
 
 def _plan(config: RunConfig) -> Iterator[Problem]:
@@ -196,8 +178,8 @@ def refit_without_effect(config: RunConfig) -> Iterator[tuple[str, str, tuple[st
         yield "refit.placement", word, ("refit.ray_address",)
     if placement in ("inline", "external"):
         yield "refit.placement", word, ("refit.worker_cpus",)
-    if refit.devices and placement == "process":
-        yield "refit.devices", f"{list(refit.devices)}, where no threads count", ("refit.worker_cpus",)
+    if refit.gpu is not None and placement == "process":
+        yield "refit.gpu", f"{refit.gpu}, where no threads count", ("refit.worker_cpus",)
     if refit.placement == "inline":
         yield (
             "refit.placement",

@@ -44,7 +44,7 @@ def settle_placement(config: RunConfig, *, on_gpus: bool) -> tuple[str, str]:
         why = (
             f"refit.ray_address={refit.ray_address} names a cluster"
             if chosen == "ray"
-            else f"refit.devices={list(refit.devices)} are free for it"
+            else f"refit.gpu={refit.gpu} is free for it"
         )
     else:
         why = "as refit.placement says"
@@ -79,7 +79,7 @@ def training_share(config: RunConfig, placement: str, *, on_gpus: bool, ranks: i
     if placement == "ray":
         return refit.workers * refit.worker_tp if (refit.worker_gpus > 0) == on_gpus else None
     if placement == "process":
-        return 1 if bool(refit.devices) == on_gpus else None
+        return 1 if (refit.gpu is not None) == on_gpus else None
     return None
 
 

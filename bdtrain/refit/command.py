@@ -128,10 +128,9 @@ def _check(options: argparse.Namespace) -> None:
     wrong = [text for text in options.overrides if not text.startswith("refit.")]
     if wrong:
         raise RefitError(f"{', '.join(wrong)}: only settings of the section refit can be given here")
-    devices = [text.partition("=")[2] for text in options.overrides if text.startswith("refit.devices=")]
-    if any(value not in ("[]", "null") for value in devices):
+    if any(text.startswith("refit.gpu=") and text != "refit.gpu=null" for text in options.overrides):
         raise RefitError(
-            "refit.devices says which GPUs a trainer leaves to the process that it starts; here, give "
+            "refit.gpu says which GPU a trainer leaves to the process that it starts; here, give "
             "CUDA_VISIBLE_DEVICES in the environment, and --device cuda"
         )
 
@@ -268,10 +267,10 @@ def _idle(config: RunConfig, given: Collection[str], *, dormant: bool) -> list[s
     # When a plan is used is the trainer's business: nothing comes too late here.
     idle = {"refit.lag_steps", "refit.wait"}
     placement = known_placement(refit)
-    if (dormant or placement != "process") and "refit.devices" not in given:
+    if (dormant or placement != "process") and "refit.gpu" not in given:
         # The trainer's, too: CUDA_VISIBLE_DEVICES says which GPU it is.
-        idle.add("refit.devices")
-        refit = refit.model_copy(update={"devices": ()})
+        idle.add("refit.gpu")
+        refit = refit.model_copy(update={"gpu": None})
     if placement != "ray" and not {"refit.placement", "refit.ray_address"}.isdisjoint(given):
         idle |= {"refit.worker_tp", "refit.worker_gpus"}
     changed = config.model_copy(update={"refit": refit})

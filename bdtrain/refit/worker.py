@@ -58,7 +58,7 @@ class RefitWorker:
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise RefitError(
                 "the re-fit is to run on a GPU and this process sees none; give it one that is there "
-                "(refit.worker_gpus on Ray, refit.devices beside a trainer), or let it run on CPUs"
+                "(refit.worker_gpus on Ray, refit.gpu beside a trainer), or let it run on CPUs"
             )
         self._saved, self._model = load_saved(
             Path(self.request.snapshot),

@@ -22,7 +22,7 @@ from bdtrain.errors import BdtrainError, CheckpointError, ConfigError, NonFinite
 from bdtrain.parallel.groups import destroy_groups, host_group, init_groups
 from bdtrain.parallel.launch_environment import Launch
 from bdtrain.refit.backends import settle_placement
-from bdtrain.refit.devices import check_devices
+from bdtrain.refit.reserved_gpu import check_reserved
 from bdtrain.refit.snapshot import forget_later, set_aside, snapshots_folder
 from bdtrain.tracking.console import Console, format_count, format_seconds
 from bdtrain.tracking.goodput import Goodput
@@ -91,7 +91,7 @@ def train_from_config(
         stack.push(_destroy)
         communicator = TorchCommunicator(host_group())
         count = torch.cuda.device_count()
-        on_first_rank(communicator, lambda: check_devices(config, launch, environment, count=count))
+        on_first_rank(communicator, lambda: check_reserved(config, launch, environment, count=count))
         if launch.rank == 0:
             stack.callback(leave_unstarted, folder)
             stack.callback(lock.release)

@@ -242,7 +242,7 @@ class ScheduleRefit:
     def _make_child(self, step: int) -> RefitChild:
         folder, settings = result_folder(self._run, step), self._settings
         return RefitChild(
-            self._run, step=step, folder=folder, gpus=settings.worker_gpus > 0, devices=settings.devices
+            self._run, step=step, folder=folder, gpus=settings.worker_gpus > 0, reserved=settings.gpu
         )
 
     @staticmethod

@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from bdtrain.refit.devices import VISIBLE, visible_devices
+from bdtrain.refit.reserved_gpu import VISIBLE, visible_gpu
 from bdtrain.tracking.child import child_environment
 
 LOG_FILE = "log.txt"
@@ -26,16 +26,16 @@ class RefitChild:
         step: of the snapshot.
         folder: where its results and its log go.
         gpus: whether it may see the GPUs that the trainer sees; by default it sees none.
-        devices: GPUs that training leaves to it (``refit.devices``): it sees these, and measures there.
+        reserved: GPU that training leaves to it (``refit.gpu``): it sees this one, and measures there.
     """
 
     def __init__(
-        self, run: Path, *, step: int, folder: Path, gpus: bool = False, devices: Sequence[int] = ()
+        self, run: Path, *, step: int, folder: Path, gpus: bool = False, reserved: int | None = None
     ) -> None:
-        self._log, self._gpus, self._devices = folder / LOG_FILE, gpus, devices
+        self._log, self._gpus, self._reserved = folder / LOG_FILE, gpus, reserved
         # Settings are the snapshot's; one that is given here could leave another one without effect.
         self._words = ["--run", str(run), "--step", str(step), "--nice", str(NICE)]
-        if devices:
+        if reserved is not None:
             self._words += ["--device", "cuda"]
         self._process: subprocess.Popen[bytes] | None = None
         self._trouble = ""
@@ -46,7 +46,8 @@ class RefitChild:
         Args:
             environment: of the trainer; what names ranks is left out.
         """
-        shown = {VISIBLE: visible_devices(self._devices, environment)} if self._devices else None
+        reserved = self._reserved
+        shown = None if reserved is None else {VISIBLE: visible_gpu(reserved, environment)}
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("wb") as log:

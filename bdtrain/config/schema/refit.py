@@ -11,9 +11,6 @@ from bdtrain.config.schema.fields import NO_UNIT, Int, Section, as_tuple, settin
 Widths = Annotated[tuple[float, ...], BeforeValidator(as_tuple, json_schema_input_type=tuple[float, ...])]
 """Some numbers, written as a list."""
 
-Devices = Annotated[tuple[Int, ...], BeforeValidator(as_tuple, json_schema_input_type=tuple[int, ...])]
-"""Numbers of GPUs, written as a list."""
-
 
 def _off(value: object) -> object:
     """YAML reads the word ``off`` as false."""
@@ -59,14 +56,15 @@ class RefitConfig(Section):
         unit=NO_UNIT,
         description="Where it runs: inline on the training ranks between two steps; process, one more "
         "process beside rank 0; ray, tasks on Ray; external, somebody else's (refit_schedule.py --watch). "
-        "auto: ray where ray_address names a cluster, process where devices are named, else inline on GPUs, "
-        "else process.",
+        "auto: ray where ray_address names a cluster, process where gpu names one, else inline on GPUs, else "
+        "process.",
     )
-    devices: Devices = setting(
-        (),
-        unit="GPU numbers",
-        description="The GPU of rank 0's machine that training does not use and a process measures on, as "
-        "training counts them; under the deepspeed launcher as the machine does. [] measures on CPUs.",
+    gpu: Int | None = setting(
+        None,
+        unit="GPU number",
+        description="GPU of rank 0's machine that training does not use and a process measures on, as "
+        "training counts them; under the deepspeed launcher as the machine does. null measures on CPUs.",
+        ge=0,
     )
     ray_address: str = setting(
         "local",

@@ -49,10 +49,9 @@ def test_what_the_paper_does_can_be_asked_for(load):
 
 
 def test_one_number_is_no_list(load):
-    assert 'refit.devices=7; it must be a list, written "refit.devices=[A]" or [A,B]' in refusal(
-        load, "refit.devices=7"
+    assert 'refit.widths=0.5; it must be a list, written "refit.widths=[A]" or [A,B]' in refusal(
+        load, "refit.widths=0.5"
     )
-    assert "refit.widths=0.5; it must be a list, written" in refusal(load, "refit.widths=0.5")
 
 
 def test_what_fits_is_taken(load):
@@ -60,11 +59,11 @@ def test_what_fits_is_taken(load):
     assert (refit.worker_tp, refit.workers, refit.worker_gpus) == (2, 3, 1.0)
     assert load("refit.mode=clip", "refit.ray_address=auto", "refit.worker_tp=2").refit.worker_tp == 2
     for placement in ("auto", "process"):
-        refit = load("refit.mode=clip", "refit.devices=[7]", f"refit.placement={placement}").refit
-        assert refit.devices == (7,)
+        refit = load("refit.mode=clip", "refit.gpu=7", f"refit.placement={placement}").refit
+        assert refit.gpu == 7
     # A process with GPUs of its own has the weights of all ranks.
     stage_3 = ["refit.gradient_variance=true", "parallel.zero_stage=3"]
-    assert load("refit.mode=clip", "refit.devices=[7]", *stage_3).refit.gradient_variance
+    assert load("refit.mode=clip", "refit.gpu=7", *stage_3).refit.gradient_variance
     assert "parallel.zero_stage=3" in refusal(load, "refit.mode=clip", *stage_3)
 
 
@@ -111,21 +110,18 @@ def test_what_fits_is_taken(load):
         ([*ON_RAY, "refit.worker_tp=2", "refit.worker_gpus=0.5"], "have a GPU each: use 1, or 0 for CPUs"),
         ([*ON_RAY, "refit.worker_tp=2", "refit.gradient_variance=true"], "which needs the whole model"),
         (
-            [*ON_RAY, "refit.devices=[3]"],
-            "refit.devices=[3] with refit.placement=ray; they are for a process",
+            [*ON_RAY, "refit.gpu=3"],
+            "refit.gpu=3 with refit.placement=ray; it is for a process",
         ),
-        (["refit.mode=clip", "refit.devices=[3]", "refit.placement=inline"], "with refit.placement=inline"),
-        (["refit.mode=clip", "refit.devices=[3]", "refit.placement=external"], "use placement=process"),
+        (["refit.mode=clip", "refit.gpu=3", "refit.placement=inline"], "with refit.placement=inline"),
+        (["refit.mode=clip", "refit.gpu=3", "refit.placement=external"], "use placement=process"),
         (
-            ["refit.mode=clip", "refit.devices=[3]", "refit.ray_address=head:6379"],
+            ["refit.mode=clip", "refit.gpu=3", "refit.ray_address=head:6379"],
             "with refit.placement=auto, which takes the cluster of refit.ray_address=head:6379",
         ),
-        (["refit.mode=clip", "refit.devices=[3,4,3]"], "give the number of each GPU once"),
-        (["refit.mode=clip", "refit.devices=[3,4]"], "names 2 GPUs, and a process measures on one"),
-        (["refit.mode=clip", "refit.devices=[-1]"], "give the number of each GPU once, 0 or more"),
-        (["refit.mode=clip", "refit.devices=[3]", "refit.worker_gpus=1"], "GPUs are reserved by Ray"),
+        (["refit.mode=clip", "refit.gpu=3", "refit.worker_gpus=1"], "GPUs are reserved by Ray"),
         # What auto comes to is judged as if it were said.
-        (["refit.mode=clip", "refit.devices=[3]", "refit.lag_steps=0"], "would always come too late"),
+        (["refit.mode=clip", "refit.gpu=3", "refit.lag_steps=0"], "would always come too late"),
         (["refit.mode=clip", "refit.ray_address=auto", "refit.lag_steps=0"], "would always come too late"),
     ],
 )
@@ -149,8 +145,9 @@ def test_what_cannot_be_done_is_refused(load, overrides, said):
         "refit.start_step=0.6",
         "refit.workers=0",
         "refit.worker_tp=0",
-        "refit.devices=7",
-        "refit.devices=[0.5]",
+        "refit.gpu=-1",
+        "refit.gpu=0.5",
+        "refit.gpu=[7]",
         "refit.worker_cpus=0",
         "refit.worker_gpus=-1",
         "refit.mode=always",
@@ -179,8 +176,8 @@ def test_values_out_of_range_are_refused_by_their_key(load, override):
         # auto never takes Ray where no cluster is named, nor threads where it has GPUs.
         (["refit.mode=clip", "refit.workers=2"], "refit.workers"),
         (["refit.mode=clip", "refit.quorum=0.5"], "refit.quorum"),
-        (["refit.mode=clip", "refit.devices=[3]", "refit.quorum=0.5"], "refit.quorum"),
-        (["refit.mode=clip", "refit.devices=[3]", "refit.worker_cpus=2"], "refit.worker_cpus"),
+        (["refit.mode=clip", "refit.gpu=3", "refit.quorum=0.5"], "refit.quorum"),
+        (["refit.mode=clip", "refit.gpu=3", "refit.worker_cpus=2"], "refit.worker_cpus"),
     ],
 )
 def test_a_setting_without_effect_is_refused(load, overrides, ignored):
@@ -197,7 +194,7 @@ def test_auto_keeps_what_it_may_come_to_use(load):
         load("refit.mode=clip", override)
     refit = load("refit.mode=clip", "refit.ray_address=auto", "refit.workers=2", "refit.quorum=0.5").refit
     assert (refit.workers, refit.quorum) == (2, 0.5)
-    load("refit.mode=clip", "refit.devices=[3]", "refit.ray_address=local")
+    load("refit.mode=clip", "refit.gpu=3", "refit.ray_address=local")
     said = refusal(load, "refit.mode=clip", "refit.workers=2")
     assert "refit.placement is auto, and refit.ray_address names no cluster" in said
 
@@ -211,7 +208,7 @@ def test_the_resolved_configuration_of_a_run_serves_its_re_fits(load, tmp_path):
         ["refit.mode=clip"],
         ["refit.mode=clip", "refit.ray_address=auto", "refit.workers=2", "refit.quorum=0.5"],
         ["refit.mode=clip", "refit.placement=ray", "refit.worker_tp=2"],
-        ["refit.mode=clip", "refit.devices=[5]"],
+        ["refit.mode=clip", "refit.gpu=5"],
         ["refit.mode=clip", "refit.placement=process", "refit.wait=true"],
         ["refit.mode=counts", "refit.uniform_share=0.1", "refit.placement=external"],
     ):

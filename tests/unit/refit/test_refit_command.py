@@ -28,7 +28,7 @@ from bdtrain.refit.job import measure_here
         (["--checkpoint", "c", "--out", "o", "--step", "3"], "--watch and --step belong to --run"),
         (["--run", "r", "--watch", "--step", "3"], "--watch takes every snapshot"),
         (["--run", "r", "train.steps=3"], "train.steps=3: only settings of the section refit"),
-        (["--run", "r", "refit.devices=[7]"], "CUDA_VISIBLE_DEVICES in the environment, and --device cuda"),
+        (["--run", "r", "refit.gpu=7"], "CUDA_VISIBLE_DEVICES in the environment, and --device cuda"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(capsys, arguments, message):
@@ -156,11 +156,11 @@ def test_a_setting_that_is_given_must_be_right_and_have_an_effect(resolved, give
     ("run", "given", "expected"),
     [
         # Which GPU a process has is the trainer's business, or that of CUDA_VISIBLE_DEVICES.
-        (["refit.devices=[1]"], ["refit.placement=ray"], {"devices": ()}),
-        (["refit.devices=[1]"], ["refit.ray_address=auto"], {"devices": ()}),
-        (["refit.devices=[1]"], ["refit.placement=inline"], {"devices": ()}),
-        (["refit.devices=[1]"], ["refit.devices=null"], {"devices": ()}),
-        (["refit.devices=[1]"], [], {}),
+        (["refit.gpu=1"], ["refit.placement=ray"], {"gpu": None}),
+        (["refit.gpu=1"], ["refit.ray_address=auto"], {"gpu": None}),
+        (["refit.gpu=1"], ["refit.placement=inline"], {"gpu": None}),
+        (["refit.gpu=1"], ["refit.gpu=null"], {"gpu": None}),
+        (["refit.gpu=1"], [], {}),
         *(
             (["refit.placement=ray", "refit.worker_tp=2", "refit.worker_gpus=1"], [where], rest)
             for where, rest in (

@@ -39,8 +39,8 @@ def with_ray(monkeypatch):
         ({}, True, "inline", "GPUs are busy"),
         ({"ray_address": "auto"}, True, "ray", "refit.ray_address=auto"),
         ({"ray_address": "head:6379"}, False, "ray", "refit.ray_address=head:6379"),
-        ({"devices": (3,)}, True, "process", r"refit.devices=[3] are free"),
-        ({"devices": (3,), "ray_address": "auto"}, True, "ray", "refit.ray_address=auto"),
+        ({"gpu": 3}, True, "process", "refit.gpu=3 is free"),
+        ({"gpu": 3, "ray_address": "auto"}, True, "ray", "refit.ray_address=auto"),
         ({"placement": "ray"}, True, "ray", "as refit.placement says"),
         ({"placement": "process"}, True, "process", "as refit.placement says"),
         ({"placement": "inline"}, False, "inline", "as refit.placement says"),
@@ -65,7 +65,7 @@ def test_ray_that_is_not_there_is_refused_before_the_run(without_ray):
 
 def test_only_ray_needs_more_than_this_process(with_ray):
     others = [{"placement": placement} for placement in ("process", "external", "inline")]
-    for settings in ({}, {"devices": (3,)}, *others):
+    for settings in ({}, {"gpu": 3}, *others):
         assert choose_measure(run_config(**settings)) is measure_here
     for settings in ({"placement": "ray"}, {"ray_address": "auto"}):
         assert choose_measure(run_config(**settings)) is not measure_here
@@ -89,7 +89,7 @@ def test_a_run_without_re_fits_needs_no_ray(without_ray):
         ({"placement": "inline"}, True, 8),
         ({"placement": "inline"}, False, 8),
         ({"placement": "process"}, False, 1),
-        ({"placement": "process", "devices": (7,)}, True, 1),
+        ({"placement": "process", "gpu": 7}, True, 1),
         # On CPUs beside a run on GPUs, or elsewhere: training says nothing of its speed.
         ({"placement": "process"}, True, None),
         ({"placement": "external"}, True, None),

@@ -25,8 +25,8 @@ class FakeChild:
 
     made: ClassVar[list["FakeChild"]] = []
 
-    def __init__(self, run, *, step, folder, gpus=False, devices=()):
-        self.step, self.folder, self.gpus, self.devices = step, folder, gpus, devices
+    def __init__(self, run, *, step, folder, gpus=False, reserved=None):
+        self.step, self.folder, self.gpus, self.reserved = step, folder, gpus, reserved
         self.running, self.killed, self.trouble = False, False, ""
         self.folder.mkdir(parents=True, exist_ok=True)
         FakeChild.made.append(self)

@@ -30,11 +30,11 @@ def test_one_re_fit_an_epoch_at_its_first_step(tmp_path, children):
     assert run.snapshots == begun(run) == [child.step for child in children] == [5, 10, 15]
 
 
-@pytest.mark.parametrize("more", [{}, {"devices": [6, 7]}, {"placement": "ray", "worker_gpus": 1.0}])
+@pytest.mark.parametrize("more", [{}, {"gpu": 0}, {"gpu": 7}, {"placement": "ray", "worker_gpus": 1.0}])
 def test_its_process_gets_the_gpus_that_the_settings_say(tmp_path, children, more):
     Run(tmp_path, **more).steps(0, 5)
     (child,) = children
-    assert child.devices == tuple(more.get("devices", ())) and child.gpus == ("worker_gpus" in more)
+    assert child.reserved == more.get("gpu") and child.gpus == ("worker_gpus" in more)
 
 
 def test_re_fits_by_tokens_begin_at_the_first_step_that_has_them(tmp_path):

@@ -46,15 +46,15 @@ def test_it_is_told_the_snapshot_and_where_the_package_is(stand_in, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "seen"),
     [
-        ({}, "5,3"),
-        ({"CUDA_VISIBLE_DEVICES": "7,6,5,4,3,2"}, "2,4"),
-        ({"CUDA_VISIBLE_DEVICES": " GPU-a, GPU-b,GPU-c ,MIG-d,4,GPU-f"}, "GPU-f,MIG-d"),
+        ({}, "5"),
+        ({"CUDA_VISIBLE_DEVICES": "7,6,5,4,3,2"}, "2"),
+        ({"CUDA_VISIBLE_DEVICES": " GPU-a, GPU-b,GPU-c ,MIG-d,4,GPU-f"}, "GPU-f"),
         # The deepspeed launcher shows what training uses; the others have the machine's numbers.
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2", "LOCAL_SIZE": "3", "CROSS_SIZE": "1"}, "5,3"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2", "LOCAL_SIZE": "3", "CROSS_SIZE": "1"}, "5"),
     ],
 )
 def test_it_sees_the_gpus_that_are_left_to_it_and_no_other(stand_in, tmp_path, variables, seen):
-    child = stand_in('echo "$@"; echo "[$CUDA_VISIBLE_DEVICES]" >&2', devices=(5, 3))
+    child = stand_in('echo "$@"; echo "[$CUDA_VISIBLE_DEVICES]" >&2', reserved=5)
     child.start({"PATH": os.environ["PATH"], **variables})
     assert ended(child) == ""
     words, shown = (tmp_path / "results" / LOG_FILE).read_text().splitlines()

@@ -1,4 +1,4 @@
-"""GPUs that are left to re-fits: which they are under each launcher, and that none of them is training's."""
+"""The GPU that is left to re-fits: which it is under each launcher, and that it is not training's."""
 
 import json
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import torch
 from bdtrain.config import RunConfig
 from bdtrain.errors import ConfigError
 from bdtrain.parallel.launch_environment import Launch, read_launch
-from bdtrain.refit.devices import check_devices, visible_devices
+from bdtrain.refit.reserved_gpu import check_reserved, visible_gpu
 from bdtrain.testing import tiny_model_config
 from bdtrain.train import launch as launching
 from bdtrain.train.launch import train_from_config
@@ -20,18 +20,18 @@ DEEPSPEED = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_SIZE": "3
 DEEPSPEED |= {"CROSS_RANK": "0", "CROSS_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,2,3"}
 
 
-def run_config(devices, **refit):
+def run_config(gpu, **refit):
     return RunConfig.model_validate(
         {
             "model": tiny_model_config(),
             "data": {"kind": "synthetic", "seq_len": 32},
             "train": {"steps": 1, "global_batch_size": 8},
-            "refit": {"mode": "clip", "placement": "process", "devices": devices, **refit},
+            "refit": {"mode": "clip", "placement": "process", "gpu": gpu, **refit},
         }
     )
 
 
-def check(tmp_path, devices, environment=None, *, count=8, driver=8, launch=None, **refit):
+def check(tmp_path, gpu, environment=None, *, count=8, driver=8, launch=None, **refit):
     folder = tmp_path / "gpus"
     if driver:
         folder.mkdir(exist_ok=True)
@@ -39,7 +39,7 @@ def check(tmp_path, devices, environment=None, *, count=8, driver=8, launch=None
             (folder / f"0000:{number:02x}:00.0").mkdir(exist_ok=True)
     environment = environment or {}
     launch = launch or read_launch(environment)
-    check_devices(run_config(devices, **refit), launch, environment, count=count, driver=folder)
+    check_reserved(run_config(gpu, **refit), launch, environment, count=count, driver=folder)
 
 
 def refusal(*given, **more):
@@ -48,54 +48,65 @@ def refusal(*given, **more):
     return str(found.value)
 
 
-def test_gpus_behind_those_of_the_ranks_are_free(tmp_path):
-    check(tmp_path, (6, 7), TORCHRUN)
-    check(tmp_path, (1,), count=2)
-    check(tmp_path, (7,), TORCHRUN, placement="auto")
-    # Of the visible ones, whatever they are called.
-    names = {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"}
-    check(tmp_path, (2, 1), names, count=3)
-    assert visible_devices((2, 1), names) == "GPU-c,GPU-b"
+@pytest.mark.parametrize(
+    ("gpu", "environment", "more"),
+    [
+        (6, TORCHRUN, {}),
+        (7, TORCHRUN, {"placement": "auto"}),
+        (1, {}, {"count": 2}),
+        # Of the visible ones, whatever they are called.
+        (2, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"}, {"count": 3}),
+    ],
+)
+def test_a_gpu_behind_those_of_the_ranks_is_free(tmp_path, gpu, environment, more):
+    check(tmp_path, gpu, environment, **more)
 
 
-def test_gpus_of_the_ranks_are_refused(tmp_path):
-    said = refusal(tmp_path, (7, 5), TORCHRUN)
-    assert (
-        said.startswith("refit.devices=[7, 5]: training uses GPU 5, with 6 ranks") and "fewer ranks" in said
-    )
-    assert "training uses GPU 0, with 1 rank on" in refusal(tmp_path, (0,))
+def test_it_is_shown_by_the_name_that_the_launcher_gave_it():
+    assert visible_gpu(2, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"}) == "GPU-c"
+    assert visible_gpu(7, TORCHRUN) == "7"
+    # One that is not among them: the process sees none, and says so.
+    assert visible_gpu(3, {"CUDA_VISIBLE_DEVICES": "4,5"}) == ""
+
+
+def test_a_gpu_of_the_ranks_is_refused(tmp_path):
+    said = refusal(tmp_path, 5, TORCHRUN)
+    assert said.startswith("refit.gpu=5: training uses GPU 5, with 6 ranks") and "fewer ranks" in said
+    assert "training uses GPU 0, with 1 rank on" in refusal(tmp_path, 0)
     # A scheduler that shows each task its own: it trains there.
-    assert "training uses GPU 0" in refusal(tmp_path, (0,), TORCHRUN, count=1)
+    assert "training uses GPU 0" in refusal(tmp_path, 0, TORCHRUN, count=1)
 
 
-def test_gpus_that_are_not_there_are_refused(tmp_path):
-    said = refusal(tmp_path, (7, 8), TORCHRUN)
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    said = refusal(tmp_path, 8, TORCHRUN)
     assert "has 8 GPUs for this run" in said and "GPU 8 is none of them" in said
     shown = {"CUDA_VISIBLE_DEVICES": "4,5"}
-    assert "(CUDA_VISIBLE_DEVICES=4,5)" in refusal(tmp_path, (2,), shown, count=2)
-    assert "has 0 GPUs" in refusal(tmp_path, (1,), count=0)
+    assert "(CUDA_VISIBLE_DEVICES=4,5)" in refusal(tmp_path, 2, shown, count=2)
+    assert "has 0 GPUs" in refusal(tmp_path, 1, count=0)
 
 
 def test_the_deepspeed_launcher_hides_the_free_ones_and_they_have_the_machines_numbers(tmp_path):
-    check(tmp_path, (1, 7), DEEPSPEED, count=3)
-    assert visible_devices((1, 7), DEEPSPEED) == "1,7"
-    said = refusal(tmp_path, (1, 3), DEEPSPEED, count=3)
+    for gpu in (1, 7):
+        check(tmp_path, gpu, DEEPSPEED, count=3)
+        assert visible_gpu(gpu, DEEPSPEED) == str(gpu)
+    said = refusal(tmp_path, 3, DEEPSPEED, count=3)
     assert "training uses GPU 3, with 3 ranks" in said and "--include" in said
-    assert "GPU 8 is none of them" in refusal(tmp_path, (8,), DEEPSPEED, count=3)
+    assert "GPU 8 is none of them" in refusal(tmp_path, 8, DEEPSPEED, count=3)
 
 
 def test_where_the_driver_says_nothing_the_process_will(tmp_path):
-    check(tmp_path, (9,), DEEPSPEED, count=3, driver=0)
+    check(tmp_path, 9, DEEPSPEED, count=3, driver=0)
 
 
 def test_only_ranks_of_the_first_machine_judge(tmp_path):
-    check(tmp_path, (0,), launch=Launch(rank=6, local_rank=0, world_size=12, local_world_size=6))
-    refusal(tmp_path, (0,), launch=Launch(rank=5, local_rank=5, world_size=12, local_world_size=6))
+    check(tmp_path, 0, launch=Launch(rank=6, local_rank=0, world_size=12, local_world_size=6))
+    refusal(tmp_path, 0, launch=Launch(rank=5, local_rank=5, world_size=12, local_world_size=6))
 
 
-def test_devices_of_a_run_without_re_fits_do_not_matter(tmp_path):
-    check(tmp_path, (0, 99), mode="off")
-    check(tmp_path, ())
+def test_the_gpu_of_a_run_without_re_fits_does_not_matter(tmp_path):
+    for gpu in (0, 99):
+        check(tmp_path, gpu, mode="off")
+    check(tmp_path, None)
 
 
 @pytest.fixture
@@ -120,7 +131,7 @@ def told(monkeypatch):
 
 
 def start(folder, rank):
-    config = run_config((0,))
+    config = run_config(0)
     config = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(folder)})})
     launch = Launch(rank=rank, local_rank=0, world_size=2, local_world_size=1)
     console = SimpleNamespace(line=print)
