@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,11 +74,11 @@ def run_benchmark(
     torch.set_num_threads(options.threads)
     try:
         device = find_device(options.device)
-    except DeviceMissingError as error:
+        with single_process_groups() as groups:
+            result = measure(groups, device)
+    except BdtrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    with single_process_groups() as groups:
-        result = measure(groups, device)
     result["threads"] = options.threads
     result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     result["machine"] = (
@@ -85,9 +86,19 @@ def run_benchmark(
     )
     print(describe(result))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(options.json, result)
     return 0
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write what was measured.
+
+    Args:
+        path: of a JSON file; its folder is made.
+        result: plain values.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def failure_of(error: Exception) -> str:

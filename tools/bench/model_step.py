@@ -341,21 +341,51 @@ def measure_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(seconds) / 1e12
 
 
+def preset_config(name: str, seq: int | None = None, block_size: int | None = None) -> RunConfig:
+    """A preset, perhaps with rows of another length and other blocks; a step has the preset's tokens.
+
+    Args:
+        name: key of ``PRESETS``.
+        seq: tokens of a row; None takes the preset's.
+        block_size: L'; None takes the preset's.
+
+    Raises:
+        ConfigError: if they do not fit each other.
+    """
+    path, overrides = PRESETS[name]
+    config = load_config([ROOT / path], overrides).config
+    wanted = dict(text.split("=", 1) for text in overrides)
+    if block_size is not None:
+        wanted["diffusion.block_size"] = str(block_size)
+    if seq is not None and seq > 0:
+        rows = max(1, (config.train.micro_batch_size or 1) * config.data.seq_len // seq)
+        wanted |= dict.fromkeys(("train.micro_batch_size", "train.global_batch_size"), str(rows))
+    if seq is not None:
+        wanted["data.seq_len"] = str(seq)
+    return load_config([ROOT / path], [f"{key}={value}" for key, value in wanted.items()]).config
+
+
 def measure_preset(
-    groups: Any, name: str, *, device: torch.device, dtype: torch.dtype, steps: int, documents: int
+    groups: Any,
+    name: str,
+    config: RunConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: int,
+    documents: int,
 ) -> dict[str, Any]:
     """Everything of one preset.
 
     Args:
         groups: process groups of size 1.
         name: key of ``PRESETS``.
+        config: of ``preset_config``.
         device: where.
         dtype: of the parameters.
         steps: timed steps of each side.
         documents: documents of a row.
     """
-    path, overrides = PRESETS[name]
-    config = load_config([ROOT / path], overrides).config
     job = ModelStep(groups, config, device=device, dtype=dtype, documents=documents)
     sides = sides_of(device)
     failed: dict[str, str] = {}
@@ -367,8 +397,7 @@ def measure_preset(
         difference = _try(job, failed, "losses", partial(job.loss_difference, compared, rows))
     result: dict[str, Any] = {
         "preset": name,
-        "config": path,
-        "overrides": list(overrides),
+        "config": PRESETS[name][0],
         "parameters": sum(p.numel() for p in job.model.parameters()),
         "seq": job.seq,
         "block_size": config.diffusion.block_size,
@@ -378,6 +407,7 @@ def measure_preset(
         "documents": documents,
         "state_bytes": job.optimizer.state_bytes(),
         "loss_difference": difference,
+        "names": [side.name for side in sides],
         "sides": facts,
         "failed": failed,
     }

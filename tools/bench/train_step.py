@@ -3,6 +3,7 @@
     tools/bench/train_step.py                              against the published computation
     tools/bench/train_step.py --seq 1024 --backend dense   ... and against our dense attention
     tools/bench/train_step.py --device cuda                presets small and 1b on a GPU
+    tools/bench/train_step.py --device cuda --length 1024 4096 --block-size 4 16 64
     tools/bench/train_step.py --tiny                       the same code on a CPU, to try it
 
 The first two: CPU seconds, all sides in turns in one process. Shape: batch 4, hidden 256, 6 layers, 8 heads,
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,6 +67,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     presets = parser.add_argument_group("presets")
     presets.add_argument(
         "--preset", nargs="+", choices=("small", "1b"), default=["small", "1b"], help="default: both"
+    )
+    presets.add_argument(
+        "--length", type=int, nargs="+", default=[None], help="tokens of a row (default: the preset's)"
+    )
+    presets.add_argument(
+        "--block-size",
+        type=int,
+        nargs="+",
+        default=[None],
+        help="L' (default: the preset's); each, of each length",
     )
     presets.add_argument("--tiny", action="store_true", help="a tiny preset in place of them, on any device")
     presets.add_argument(
@@ -271,23 +283,41 @@ def measure_presets(groups: Any, options: argparse.Namespace, device: Any) -> di
     import torch
 
     from tools.bench import model_step
+    from tools.bench.bench_meters import write_result
 
     name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     dtype = getattr(torch, name)
     peak = options.peak_tflops or model_step.measure_peak_tflops(device, dtype)
-    presets = [
-        model_step.measure_preset(
-            groups, preset, device=device, dtype=dtype, steps=options.steps, documents=options.documents
-        )
+    # All of them before the first is measured: one that cannot be costs no other its time.
+    cases = [
+        (preset, model_step.preset_config(preset, seq, block_size))
         for preset in (["tiny"] if options.tiny else options.preset)
+        for seq in options.length
+        for block_size in options.block_size
     ]
-    return {
+    result: dict[str, Any] = {
         "device": device.type,
         "dtype": name,
         "peak_tflops": peak,
         "peak_measured": options.peak_tflops is None,
-        "presets": presets,
+        "presets": [],
     }
+    for preset, config in cases:
+        begun = time.perf_counter()
+        found = model_step.measure_preset(
+            groups,
+            preset,
+            config,
+            device=device,
+            dtype=dtype,
+            steps=options.steps,
+            documents=options.documents,
+        )
+        result["presets"].append(found)
+        print(f"{_summary_row(found, peak)} {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+        if options.json is not None:  # where time may run out, what was measured stays
+            write_result(options.json, result)
+    return result
 
 
 def describe_presets(result: dict[str, Any]) -> str:
@@ -295,11 +325,38 @@ def describe_presets(result: dict[str, Any]) -> str:
     measured = "measured: a square matrix product" if result["peak_measured"] else "given"
     lines = [
         f"{result['machine']}, torch {result['versions']['torch']}, {result['dtype']}, "
-        f"roof {result['peak_tflops']:.3g} TFLOP/s ({measured})."
+        f"roof {result['peak_tflops']:.3g} TFLOP/s ({measured}).",
+        "",
+        "| preset | tokens of a row | L' | tokens/s | utilisation | tokens/s of the baseline "
+        "| ours / baseline | time of a noisy token, 1, 2, 4 copies |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_summary_row(preset, result["peak_tflops"]) for preset in result["presets"]),
     ]
     for preset in result["presets"]:
         lines += ["", *_describe_preset(preset, result["peak_tflops"])]
     return "\n".join(lines)
+
+
+def _summary_row(preset: dict[str, Any], peak_tflops: float) -> str:
+    cells = [preset["preset"], str(preset["seq"]), str(preset["block_size"])]
+    sides = preset["sides"]
+    ours, baseline = (sides.get(name) for name in preset["names"])
+    cells += _speed(ours, peak_tflops) if ours else ["failed", ""]
+    cells += _speed(baseline, peak_tflops)[:1] if baseline else ["failed"]
+    cells.append(f"{baseline['seconds'] / ours['seconds']:.2f}" if ours and baseline else "")
+    copies = preset["noise_copies"]
+    one = copies.get("1")
+    relative = [
+        f"{facts['seconds_per_noisy_token'] / one['seconds_per_noisy_token']:.2f}" if facts and one else "-"
+        for facts in copies.values()
+    ]
+    return f"| {' | '.join([*cells, ', '.join(relative)])} |"
+
+
+def _speed(side: dict[str, Any], peak_tflops: float) -> list[str]:
+    """Tokens per second, and utilisation."""
+    utilisation = side["useful_flops"] / side["seconds"] / (peak_tflops * 1e12)
+    return [f"{side['tokens_per_second']:,.0f}", f"{utilisation:.1%}"]
 
 
 def _describe_preset(preset: dict[str, Any], peak_tflops: float) -> list[str]:
@@ -317,10 +374,10 @@ def _describe_preset(preset: dict[str, Any], peak_tflops: float) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for name, side in sides.items():
-        utilisation = side["useful_flops"] / side["seconds"] / (peak_tflops * 1e12)
+        speed, utilisation = _speed(side, peak_tflops)
         lines.append(
             f"| {name} | {side['backend']} | {describe_spread(side['raw'], factor=1e3, digits=1)} | "
-            f"{side['tokens_per_second']:,.0f} | {utilisation:.1%} | {side['peak_bytes'] / 2**30:.3g} |"
+            f"{speed} | {utilisation} | {side['peak_bytes'] / 2**30:.3g} |"
         )
     lines += [f"| {name} | failed: {reason} | | | | |" for name, reason in preset["failed"].items()]
     if not sides:

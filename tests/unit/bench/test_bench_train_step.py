@@ -70,6 +70,30 @@ def test_the_table_divides_useful_operations_by_the_roof(tiny):
     assert f"{tiny['sides']['dense + full rows']['parts']['noise'] * 1e3:.1f} |" in text
 
 
+def test_every_length_is_measured_with_every_block_size_and_what_is_measured_stays(tmp_path):
+    path = tmp_path / "result.json"
+    words = ["--tiny", "--steps", "1", "--peak-tflops", "1", "--json", str(path)]
+    code, text = run_command(*words, "--length", "64", "32", "--block-size", "4", "16")
+    assert code == 0
+    presets = json.loads(path.read_text())["presets"]
+    shapes = [(preset["seq"], preset["block_size"], preset["rows"]) for preset in presets]
+    # The preset's 4 rows of 32 tokens, cut otherwise.
+    assert shapes == [(64, 4, 2), (64, 16, 2), (32, 4, 4), (32, 16, 4)]
+    for preset in presets:
+        ours, baseline = preset["sides"].values()
+        ratio = baseline["seconds"] / ours["seconds"]
+        row = f"| tiny | {preset['seq']} | {preset['block_size']} | {ours['tokens_per_second']:,.0f} |"
+        (line,) = [line for line in text.splitlines() if line.startswith(row)]
+        assert f"| {baseline['tokens_per_second']:,.0f} | {ratio:.2f} | 1.00, " in line
+
+
+@pytest.mark.parametrize("wrong", [("--block-size", "4", "5"), ("--length", "32", "0"), ("--length", "-8")])
+def test_a_shape_that_cannot_be_is_refused_before_any_is_measured(groups, tmp_path, wrong):
+    path = tmp_path / "result.json"
+    code, _ = run_command("--tiny", "--peak-tflops", "1", "--json", str(path), *wrong)
+    assert code == 3 and not path.exists()
+
+
 def test_full_rows_give_the_loss_and_the_gradients_of_masked_rows(job):
     micro_batch = job.corrupt(job.batch(3, 5), 5, copies=2)
     gradients = []
@@ -105,7 +129,7 @@ def test_a_side_that_fails_is_a_row_that_says_so_and_costs_no_other(groups, monk
 
     monkeypatch.setattr(model_step, "full_row_losses", failing)
     facts = {"device": CPU, "dtype": torch.float32, "steps": 2, "documents": 1}
-    preset = model_step.measure_preset(groups, "tiny", **facts)
+    preset = model_step.measure_preset(groups, "tiny", model_step.preset_config("tiny"), **facts)
     assert list(preset["sides"]) == ["bdtrain"]
     assert preset["failed"] == {"dense + full rows": "RuntimeError: no kernel"}
     assert preset["loss_difference"] is None
@@ -114,6 +138,7 @@ def test_a_side_that_fails_is_a_row_that_says_so_and_costs_no_other(groups, monk
     text = train_step.describe_presets({**result, "peak_measured": False, "presets": [preset]})
     assert "| dense + full rows | failed: RuntimeError: no kernel |" in text
     assert "times as long" not in text
+    assert "| failed |  |" in text
 
 
 def test_rows_are_halved_until_every_side_fits(job, monkeypatch):
