@@ -271,7 +271,8 @@ def _idle(config: RunConfig, given: Collection[str], *, dormant: bool) -> list[s
         # The trainer's, too: CUDA_VISIBLE_DEVICES says which GPU it is.
         idle.add("refit.gpu")
         refit = refit.model_copy(update={"gpu": None})
-    if placement != "ray" and not {"refit.placement", "refit.ray_address"}.isdisjoint(given):
+    elsewhere = not {"refit.placement", "refit.ray_address"}.isdisjoint(given)
+    if placement != "ray" and (dormant or elsewhere):
         idle |= {"refit.worker_tp", "refit.worker_gpus"}
     changed = config.model_copy(update={"refit": refit})
     return sorted(idle.union(*(keys for _, _, keys in refit_without_effect(changed))) - set(given))

@@ -182,6 +182,15 @@ def test_processes_and_gpus_of_the_run_are_dropped_where_another_placement_is_gi
         assert value == "null" or str(getattr(found, key.removeprefix("refit."))) == value
 
 
+def test_what_nothing_checked_in_a_run_without_re_fits_is_dropped(resolved):
+    """A preset may hold settings of workers for a run that later goes to Ray."""
+    path = resolved("refit.mode=off", "refit.worker_tp=2", "refit.worker_gpus=1")
+    found = _configured(path, []).refit
+    assert (found.placement, found.worker_tp, found.worker_gpus) == ("auto", 1, 0)
+    found = _configured(path, ["refit.placement=ray"]).refit
+    assert (found.worker_tp, found.worker_gpus) == (2, 1)
+
+
 def test_a_run_that_draws_no_noise_is_left_to_who_reads_its_plan(resolved):
     assert _configured(resolved("diffusion.algo=ar", "diffusion.block_size=null"), []).refit.mode == "off"
 
