@@ -65,11 +65,13 @@ quickstart: $(if $(filter ray,$(REFIT)),env-ray,env-run) ## from text to a train
 dashboard: env-dashboard ## MLflow's page on a run (RUN=runs/my-run), on this machine only; Ctrl-C ends it
 	@$(PY) tools/open_dashboard.py "$(RUN)"
 
-# One pytest for all folders that exist, so that one summary counts everything.
-TEST_FOLDERS = $(wildcard tests/unit tests/kernels tests/distributed tests/e2e tests/reliability)
+# One pytest for all folders, so that one summary counts everything. What cannot be shared out (a folder whose tests start
+# processes goes to one worker) comes first, so that no worker is left with ten minutes of it at the end.
+TEST_FOLDERS = tests/reliability tests/distributed tests/e2e tests/kernels tests/unit
+TEST := -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test: env-dev ## all tests
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(TEST_FOLDERS) $(ARGS)
+	$(PY) $(TEST) $(TEST_FOLDERS) $(ARGS)
 
 check: fmt-check lint types test ## format, lint, types, import layers, tests
 
@@ -89,10 +91,10 @@ types: env-dev ## mypy
 	$(PY) -m mypy
 
 test-unit: env-dev ## tests without processes
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/unit $(ARGS)
+	$(PY) $(TEST) tests/unit $(ARGS)
 
 test-kernels: env-dev ## kernels against their reference
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/kernels $(ARGS)
+	$(PY) $(TEST) tests/kernels $(ARGS)
 
 test-dist: env-dev ## real ranks against one process
 	$(PY) -m pytest tests/distributed $(ARGS)

@@ -2,12 +2,13 @@ r"""Does the noise plan matter: short finetunes of one base under several plans,
 
     python tools/bench/plan_comparison.py run --base runs/base16/checkpoint --corpus runs/books/corpus \
         --block-size 16 --out runs/plans16 --seeds 1 2
-    python tools/bench/plan_comparison.py table --out runs/plans16
+    python tools/bench/plan_comparison.py table --out runs/plans16 --variances variance16.json
 
 Runs of one seed see the same rows in the same order, and are validated with the same noise, so plans are
 compared within seeds: y[plan, seed] = plan + seed + error. The error's standard deviation comes from the
 residuals, with (plans - 1)(seeds - 1) degrees of freedom, and says which difference could be seen at all. A
-run that is done is not made again, so that seeds can be added later.
+run that is done is not made again, so that seeds can be added later. ``--variances`` puts beside them what
+``tools/measure_variance.py --json`` found for the plans on the base.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bdtrain.errors import BdtrainError, report_failure
+from bdtrain.refit.gradient_sums import name_plan
 from bdtrain.refit.history import read_history
 from bdtrain.refit.snapshot import refit_folder
 
@@ -43,6 +45,7 @@ PLANS: Mapping[str, Sequence[str]] = {
     "count-0.3-0.8": ("diffusion.plan.clip_range=[0.3,0.8]",),
     "bernoulli-0.45-0.95": ("diffusion.plan.clip_range=[0.45,0.95]", _BERNOULLI),
     "count-0.45-0.95": ("diffusion.plan.clip_range=[0.45,0.95]",),
+    "count-0.5-1": ("diffusion.plan.clip_range=[0.5,1.0]",),
     "refit-clip": (_FULL, "refit.mode=clip"),
     "refit-counts": (_FULL, "refit.mode=counts"),
 }
@@ -225,17 +228,23 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ComparisonError(
             f"{folder} has no result ({error}); remove it and make the run again"
         ) from error
-    outcomes = [one.outcome for one in read_history(refit_folder(folder)).values()]
+    refits = list(read_history(refit_folder(folder)).values())
+    adopted = [one for one in refits if one.outcome == "adopted"]
     return {
         "nelbo": nelbo,
         "noise_error": noise,
-        "refits": len(outcomes),
-        "adopted": outcomes.count("adopted"),
+        "refits": len(refits),
+        "adopted": len(adopted),
+        "last": name_plan(adopted[-1].plan) if adopted else None,
     }
 
 
 def tabulate(options: argparse.Namespace) -> int:
-    """Print the comparison, plans beside their variances where those were measured."""
+    """Print the comparison, with variances where they are given.
+
+    Raises:
+        ComparisonError: if a run has no result, or the variances cannot be read.
+    """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in PLANS:
         runs = sorted(options.out.glob(f"{name}-seed*/summary.json"))
@@ -246,7 +255,8 @@ def tabulate(options: argparse.Namespace) -> int:
     result = compare(
         {name: {seed: run["nelbo"] for seed, run in runs.items()} for name, runs in found.items()}
     )
-    print(describe(result, found))
+    variances = {} if options.variances is None else read_variances(options.variances)
+    print(describe(result, found, variances))
     if options.json is not None:
         plain = {
             "plans": list(result.names),
@@ -260,8 +270,64 @@ def tabulate(options: argparse.Namespace) -> int:
     return 0
 
 
-def describe(result: Comparison, runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
-    """The comparison as a Markdown table, best plan first."""
+def read_variances(path: Path) -> dict[str, dict[str, float]]:
+    """Variances of a training step's loss and gradient by plan, at one scale.
+
+    Losses and gradients are those of an average over the range, whatever the weighting: so plans compare.
+
+    Args:
+        path: of what ``tools/measure_variance.py --json`` wrote.
+
+    Returns:
+        By the plan's name: ``loss`` and ``gradient``, ``gradient_error``, and of both the part that is left
+        given the data (``loss_noise``, ``gradient_noise``).
+
+    Raises:
+        ComparisonError: if the file holds something else.
+    """
+    try:
+        found = {}
+        for one in json.loads(path.read_text(encoding="utf-8"))["plans"]:
+            square = float(one["scale"]) ** 2
+            loss, gradient = one["loss_variance"], one["gradient"]
+            values = {
+                "loss": loss["total"],
+                "loss_noise": loss["given_data"],
+                "gradient": gradient["total"],
+                "gradient_error": gradient["total_error"],
+                "gradient_noise": gradient["given_data"],
+            }
+            found[str(one["name"])] = {name: square * float(value) for name, value in values.items()}
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ComparisonError(
+            f"{path} holds no variances ({type(error).__name__}: {error}); give what "
+            "tools/measure_variance.py --json wrote, with at least two --draws"
+        ) from error
+
+
+def measured_name(name: str, runs: Mapping[int, Mapping[str, Any]]) -> str | None:
+    """What ``read_variances`` calls a plan: of re-fits the last one adopted, None where runs differ in it."""
+    kind, _, interval = name.partition("-")
+    if kind == "refit":
+        last = {run["last"] for run in runs.values()}
+        return last.pop() if len(last) == 1 else None
+    words = "full range" if interval == "full" else f"clip {interval}"
+    return words + (", bernoulli" if kind == "bernoulli" else "")
+
+
+def describe(
+    result: Comparison,
+    runs: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    variances: Mapping[str, Mapping[str, float]] | None = None,
+) -> str:
+    """The comparison as a Markdown table, best plan first.
+
+    Args:
+        result: of ``compare``.
+        runs: of ``read_run``, by plan and seed.
+        variances: of ``read_variances``, to put beside them.
+    """
     several = len(result.seeds) > 1
     if several:
         lines = [
@@ -273,11 +339,10 @@ def describe(result: Comparison, runs: Mapping[str, Mapping[int, Mapping[str, An
         ]
     else:
         lines = [f"one seed ({result.seeds[0]}): no errors, so nothing is ranked"]
-    lines += [
-        "",
-        f"| plan | NELBO | against {result.names[0]} | in standard errors | plans adopted |",
-        "|---|---|---|---|---|",
-    ]
+    heading = ["plan", "NELBO", f"against {result.names[0]}", "in standard errors", "plans adopted"]
+    if variances:
+        heading += ["variance of the loss", "of it noise", "variance of the gradient", "of it noise"]
+    lines += ["", f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     means, differences = result.values.mean(axis=1), result.differences()
     for index in np.argsort(means):
         name = result.names[index]
@@ -286,8 +351,22 @@ def describe(result: Comparison, runs: Mapping[str, Mapping[int, Mapping[str, An
         )
         adopted = [runs[name][seed] for seed in result.seeds]
         fitted = ", ".join(f"{run['adopted']} of {run['refits']}" for run in adopted if run["refits"])
-        lines.append(f"| {name} | {means[index]:.4f} | {differences[index]:+.4f} | {ratio} | {fitted} |")
+        cells = [name, f"{means[index]:.4f}", f"{differences[index]:+.4f}", ratio, fitted]
+        if variances:
+            cells += _variance_cells(variances.get(measured_name(name, runs[name]) or ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    if several and result.error > 0.0:
+        near = np.flatnonzero(means <= means.min() + 2.0 * result.error_of_difference)
+        names = [result.names[index] for index in near[np.argsort(means[near])]]
+        lines += ["", f"within 2 standard errors of the least: {', '.join(names)}"]
     return "\n".join(lines)
+
+
+def _variance_cells(found: Mapping[str, float] | None) -> list[str]:
+    if found is None:
+        return ["not measured", "", "", ""]
+    gradient = f"{found['gradient']:.3f} +- {found['gradient_error']:.3f}"
+    return [f"{found['loss']:.4f}", f"{found['loss_noise']:.4f}", gradient, f"{found['gradient_noise']:.3f}"]
 
 
 def main(arguments: list[str]) -> int:
@@ -313,6 +392,7 @@ def main(arguments: list[str]) -> int:
     run.add_argument("--out", type=Path, required=True, help="folder of the runs")
     table = commands.add_parser("table", help="compare the runs that are there")
     table.add_argument("--out", type=Path, required=True)
+    table.add_argument("--variances", type=Path, help="of the base, from tools/measure_variance.py --json")
     table.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args(arguments)
     try:

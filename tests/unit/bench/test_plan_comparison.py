@@ -19,6 +19,7 @@ from tools.bench.plan_comparison import (
     compare,
     describe,
     main,
+    measured_name,
     read_run,
     run_command,
     run_folder,
@@ -95,11 +96,11 @@ def test_every_run_of_the_comparison_is_one_that_the_trainer_takes(name, tmp_pat
         assert plan.clip_range == expected
 
 
-def write_run(folder, nelbo, outcomes=()):
+def write_run(folder, nelbo, outcomes=(), interval=None):
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps({"after": {"nelbo": nelbo, "nelbo_noise_error": 0.01}}))
     for number, outcome in enumerate(outcomes, 1):
-        made = RefitOutcome(number, number + 1, outcome, "because", number, NoisePlan(4))
+        made = RefitOutcome(number, number + 1, outcome, "because", number, NoisePlan(4, clip_range=interval))
         append_outcome(refit_folder(folder), made)
 
 
@@ -115,6 +116,73 @@ def test_the_table_is_read_from_the_runs_that_are_there(tmp_path, capsys):
     assert rows[1][1:3] == ["4.6250", "-0.5000"] and rows[1][4] == "2 of 3, 0 of 2"
     stored = json.loads((tmp_path / "t.json").read_text())
     assert stored["seeds"] == [1, 2] and stored["nelbo"] == [[5.0, 5.25], [4.5, 4.75]]
+
+
+def test_plans_that_cannot_be_told_from_the_best_are_named(tmp_path, capsys):
+    values = {"count-full": (5.0, 5.101), "count-0.3-0.8": (4.5, 4.6), "bernoulli-0.3-0.8": (4.5005, 4.6)}
+    for name, (first, second) in values.items():
+        write_run(run_folder(tmp_path, name, 1), first)
+        write_run(run_folder(tmp_path, name, 2), second)
+    assert main(["table", "--out", str(tmp_path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "within 2 standard errors of the least: count-0.3-0.8, bernoulli-0.3-0.8"
+
+
+@pytest.fixture
+def variances(tmp_path):
+    """As tools/measure_variance.py writes them, but for what is not read."""
+
+    def part(total):
+        return {"total": total, "total_error": total / 10, "given_data": total / 2}
+
+    plans = [
+        {"name": name, "scale": scale, "loss_variance": part(loss), "gradient": part(gradient)}
+        for name, scale, loss, gradient in (
+            ("full range", 1.0, 0.03, 0.7),
+            ("full range, bernoulli", 1.0, 0.12, 0.9),
+            ("clip 0.3-0.8", 2.0, 0.005, 0.1),
+            ("clip 0.5-1", 2.0, 0.002, 0.1),
+        )
+    ]
+    path = tmp_path / "variances.json"
+    path.write_text(json.dumps({"plans": plans}))
+    return path
+
+
+def test_variances_stand_beside_the_plans_that_they_are_of(tmp_path, capsys, variances):
+    for seed in (1, 2):
+        for name in ("bernoulli-full", "count-full", "count-0.3-0.8", "count-0.45-0.95"):
+            write_run(run_folder(tmp_path, name, seed), 5.0 + seed)
+        write_run(run_folder(tmp_path, "refit-clip", seed), 5.0, ("adopted", "kept"), (0.5, 1.0))
+    assert main(["table", "--out", str(tmp_path), "--variances", str(variances)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {
+        line.split(" | ")[0].strip("| "): line.rstrip(" |").split(" | ")[5:] for line in lines if "|" in line
+    }
+    assert rows["bernoulli-full"] == ["0.1200", "0.0600", "0.900 +- 0.090", "0.450"]
+    assert rows["count-full"][0] == "0.0300"
+    # Of a loss that carries the width of its range: at the scale of the others.
+    assert rows["count-0.3-0.8"] == ["0.0200", "0.0100", "0.400 +- 0.040", "0.200"]
+    assert rows["refit-clip"][0] == "0.0080"
+    assert rows["count-0.45-0.95"] == ["not measured"]
+
+
+def test_runs_that_adopted_different_plans_are_none_that_was_measured(tmp_path):
+    for seed, interval in ((1, (0.5, 1.0)), (2, (0.3, 0.8))):
+        write_run(run_folder(tmp_path, "refit-clip", seed), 5.0, ("adopted",), interval)
+    runs = {seed: read_run(run_folder(tmp_path, "refit-clip", seed)) for seed in (1, 2)}
+    assert measured_name("refit-clip", {1: runs[1]}) == "clip 0.5-1"
+    assert measured_name("refit-clip", runs) is None
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"plans": [{"name": "full range"}]}'])
+def test_a_file_without_variances_is_named(tmp_path, capsys, text):
+    for name in ("count-full", "count-0.3-0.8"):
+        write_run(run_folder(tmp_path, name, 1), 5.0)
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    assert main(["table", "--out", str(tmp_path), "--variances", str(path)]) == 1
+    assert f"{path} holds no variances" in capsys.readouterr().err
 
 
 def test_one_seed_ranks_nothing(tmp_path):
