@@ -24,6 +24,7 @@ class SearchSettings:
         start_step: ``clip``: distance between the starts of the ranges, in (0, 1].
         criterion: ``raw``: variance per token at the comparison scale; ``relative``: over the mean squared.
         min_gain: adopt only if the current plan's criterion is larger than the winner's by this share.
+        adopt: whether the winner may be adopted at all; if not, it is only reported.
         confidence: of the bootstrap interval that must exclude 0, in (0, 1).
         bootstrap_draws: resamples of the sequences.
         uniform_share: ``counts``: share of the uniform density in a fitted one, in (0, 1].
@@ -38,6 +39,7 @@ class SearchSettings:
     start_step: float = 0.05
     criterion: str = "raw"
     min_gain: float = 0.02
+    adopt: bool = True
     confidence: float = 0.95
     bootstrap_draws: int = 500
     uniform_share: float = 0.05

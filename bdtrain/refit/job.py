@@ -225,6 +225,7 @@ def search_settings(config: RunConfig) -> SearchSettings:
         start_step=refit.start_step,
         criterion=refit.criterion,
         min_gain=refit.min_gain,
+        adopt=refit.adopt,
         bootstrap_draws=refit.bootstrap_draws,
         uniform_share=refit.uniform_share,
         seed=config.run.seed,

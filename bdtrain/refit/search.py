@@ -359,7 +359,10 @@ def _decide(
         return False, gain, f"{found}, less than the {settings.min_gain:.1%} that a change takes; it is kept."
     if not winner.difference_low > 0.0:
         return False, gain, f"{found}, but {interval} holds 0; it is kept."
-    return True, gain, f"{found}, and {interval} excludes 0; {winner.name} is adopted."
+    certain = f"{found}, and {interval} excludes 0"
+    if not settings.adopt:
+        return False, gain, f"{certain}; with refit.adopt=false it is kept."
+    return True, gain, f"{certain}; {winner.name} is adopted."
 
 
 def _losses_by_count(

@@ -398,6 +398,11 @@ class ScheduleRefit:
             self._hooks.build_objective(decision.plan)
         except BdtrainError as error:
             return replace(kept, outcome="rejected", reason=str(error))
+        if decision.adopt and not self._settings.adopt:
+            # Made by somebody else, with settings of their own.
+            return replace(
+                kept, outcome="rejected", reason=f"{path} changes the plan, and refit.adopt=false keeps it"
+            )
         return replace(
             kept,
             outcome="adopted" if decision.adopt else "kept",

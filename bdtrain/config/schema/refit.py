@@ -134,6 +134,12 @@ class RefitConfig(Section):
         ge=0.0,
         lt=1.0,
     )
+    adopt: bool = setting(
+        True,
+        unit=NO_UNIT,
+        description="Use what a re-fit finds. false measures, judges and reports all the same, and keeps the "
+        "plan.",
+    )
     bootstrap_draws: Int = setting(
         500, unit="draws", description="Resamples of the rows, for the errors of the search.", ge=50
     )

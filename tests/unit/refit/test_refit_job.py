@@ -121,6 +121,7 @@ def test_the_search_follows_the_settings_of_the_run():
     settings = search_settings(run_config(criterion="relative", min_gain=0.1, widths=[0.5]))
     assert (settings.mode, settings.criterion, settings.min_gain) == ("clip", "relative", 0.1)
     assert (settings.widths, settings.bootstrap_draws, settings.seed) == ((0.5,), 50, 3)
+    assert settings.adopt and not search_settings(run_config(adopt=False)).adopt
     # Of a run without re-fits one may still be asked for.
     assert search_settings(run_config(mode="off")).mode == "clip"
 

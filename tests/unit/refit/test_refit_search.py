@@ -119,6 +119,16 @@ def test_a_large_and_certain_gain_is_adopted_and_an_edge_is_told():
     assert "is adopted" in result.reason and "clip 0.5-1" in result.reason
 
 
+def test_a_gain_that_is_only_to_be_reported_keeps_the_current_plan():
+    current = NoisePlan(BLOCK, kind="bernoulli", clip_range=(0.1, 0.7), strata="permuted")
+    records = measured(np.random.default_rng(0))
+    taken, reported = (search(records, current, SearchSettings(adopt=adopt)) for adopt in (True, False))
+    assert taken.adopt and not reported.adopt
+    assert reported.plan == current and reported.gain == taken.gain
+    assert reported.candidates == taken.candidates and reported.winner == taken.winner
+    assert "excludes 0; with refit.adopt=false it is kept" in reported.reason
+
+
 def test_a_winner_inside_the_grid_has_no_edge():
     # Only counts 3 and 4 of 8 have a steady loss.
     def spread(k):

@@ -192,6 +192,17 @@ def test_a_schedule_that_cannot_be_trusted_is_rejected(tmp_path, wrong, said):
     assert run.written[0][1]["fault/refits_failed"] == 1
 
 
+def test_a_run_that_only_reports_keeps_its_plan_whatever_a_schedule_says(tmp_path):
+    run = Run(tmp_path, adopt=False)
+    run.steps(0, 5)
+    run.publish(5, PLAN, adopt=False)
+    run.steps(6, 10)
+    run.publish(10, version=2)
+    run.steps(11, 13)
+    assert run.history() == {5: "kept", 10: "rejected"}
+    assert run.refit.plan == PLAN and "changes the plan, and refit.adopt=false keeps it" in run.lines[-1]
+
+
 def test_a_plan_that_cannot_be_built_here_is_rejected(tmp_path):
     run = Run(tmp_path)
 
