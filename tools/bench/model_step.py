@@ -14,14 +14,13 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdtrain.config import RunConfig, load_config
+from bdtrain.config import RunConfig
 from bdtrain.data.loader import Batch
 from bdtrain.diffusion.build import training_plan
 from bdtrain.diffusion.keyed import NoiseKey, Purpose
@@ -40,22 +39,9 @@ from tools.bench.bench_meters import (
     peak_bytes,
     time_call,
 )
+from tools.bench.presets import PRESETS
 from tools.bench.training_passes import attention_backend
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = (
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.num_heads=2",
-    "model.vocab_size=97",
-    "data.seq_len=32",
-    "train.micro_batch_size=4",
-)
-PRESETS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "small": ("configs/run/small-1gpu.yaml", ()),
-    "1b": ("configs/run/1b-8gpu.yaml", ()),
-    "tiny": ("configs/run/small-1gpu.yaml", TINY),
-}
 OURS, BASELINE = "bdtrain", "flex + full rows"
 COPIES = (1, 2, 4)
 
@@ -341,30 +327,6 @@ def measure_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(seconds) / 1e12
 
 
-def preset_config(name: str, seq: int | None = None, block_size: int | None = None) -> RunConfig:
-    """A preset, perhaps with rows of another length and other blocks; a step has the preset's tokens.
-
-    Args:
-        name: key of ``PRESETS``.
-        seq: tokens of a row; None takes the preset's.
-        block_size: L'; None takes the preset's.
-
-    Raises:
-        ConfigError: if they do not fit each other.
-    """
-    path, overrides = PRESETS[name]
-    config = load_config([ROOT / path], overrides).config
-    wanted = dict(text.split("=", 1) for text in overrides)
-    if block_size is not None:
-        wanted["diffusion.block_size"] = str(block_size)
-    if seq is not None and seq > 0:
-        rows = max(1, (config.train.micro_batch_size or 1) * config.data.seq_len // seq)
-        wanted |= dict.fromkeys(("train.micro_batch_size", "train.global_batch_size"), str(rows))
-    if seq is not None:
-        wanted["data.seq_len"] = str(seq)
-    return load_config([ROOT / path], [f"{key}={value}" for key, value in wanted.items()]).config
-
-
 def measure_preset(
     groups: Any,
     name: str,
@@ -379,8 +341,8 @@ def measure_preset(
 
     Args:
         groups: process groups of size 1.
-        name: key of ``PRESETS``.
-        config: of ``preset_config``.
+        name: key of ``tools.bench.presets.PRESETS``.
+        config: of ``tools.bench.presets.preset_config``.
         device: where.
         dtype: of the parameters.
         steps: timed steps of each side.

@@ -28,6 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bdtrain.diffusion.plan import NoisePlan
 from bdtrain.errors import BdtrainError, report_failure
 from bdtrain.refit.gradient_sums import name_plan
 from bdtrain.refit.history import read_history
@@ -312,8 +313,12 @@ def measured_name(name: str, runs: Mapping[int, Mapping[str, Any]]) -> str | Non
     if kind == "refit":
         last = {run["last"] for run in runs.values()}
         return last.pop() if len(last) == 1 else None
-    words = "full range" if interval == "full" else f"clip {interval}"
-    return words + (", bernoulli" if kind == "bernoulli" else "")
+    clip_range = None
+    if interval != "full":
+        low, _, high = interval.partition("-")
+        clip_range = (float(low), float(high))
+    # Of any block size: the name leaves it out.
+    return name_plan(NoisePlan(2, kind=kind, clip_range=clip_range))
 
 
 def describe(

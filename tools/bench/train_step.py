@@ -284,13 +284,14 @@ def measure_presets(groups: Any, options: argparse.Namespace, device: Any) -> di
 
     from tools.bench import model_step
     from tools.bench.bench_meters import write_result
+    from tools.bench.presets import preset_config
 
     name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     dtype = getattr(torch, name)
     peak = options.peak_tflops or model_step.measure_peak_tflops(device, dtype)
     # All of them before the first is measured: one that cannot be costs no other its time.
     cases = [
-        (preset, model_step.preset_config(preset, seq, block_size))
+        (preset, preset_config(preset, seq, block_size))
         for preset in (["tiny"] if options.tiny else options.preset)
         for seq in options.length
         for block_size in options.block_size

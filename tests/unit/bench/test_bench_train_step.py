@@ -11,6 +11,7 @@ import torch
 from bdtrain.model.forward import forward_losses
 from bdtrain.testing import single_process_groups
 from tools.bench import bench_meters, efficiency_ablation, model_step, train_step, training_passes
+from tools.bench.presets import preset_config
 
 CPU = torch.device("cpu")
 TINY = "--seq 32 --block-size 8 --layers 2 --hidden 32 --heads 2 --vocab 64 --rounds 1"
@@ -24,9 +25,7 @@ def groups():
 
 @pytest.fixture(scope="module")
 def job(groups):
-    path, overrides = model_step.PRESETS["tiny"]
-    config = model_step.load_config([model_step.ROOT / path], overrides).config
-    return model_step.ModelStep(groups, config, device=CPU, dtype=torch.float64, documents=2)
+    return model_step.ModelStep(groups, preset_config("tiny"), device=CPU, dtype=torch.float64, documents=2)
 
 
 def run_command(*arguments):
@@ -129,7 +128,7 @@ def test_a_side_that_fails_is_a_row_that_says_so_and_costs_no_other(groups, monk
 
     monkeypatch.setattr(model_step, "full_row_losses", failing)
     facts = {"device": CPU, "dtype": torch.float32, "steps": 2, "documents": 1}
-    preset = model_step.measure_preset(groups, "tiny", model_step.preset_config("tiny"), **facts)
+    preset = model_step.measure_preset(groups, "tiny", preset_config("tiny"), **facts)
     assert list(preset["sides"]) == ["bdtrain"]
     assert preset["failed"] == {"dense + full rows": "RuntimeError: no kernel"}
     assert preset["loss_difference"] is None
